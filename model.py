@@ -1,0 +1,295 @@
+"""The hybrid: attention layers that see the window, Gated DeltaNet layers that remember past it.
+
+Nothing here knows about sleep. The model is three functions, `embed`, `blocks` and `head`, and all its memory is
+explicit: `blocks` takes a state and returns a new one, and the caller decides what of it survives (sleep.py).
+
+    B, T    batch, tokens                      K, V    key and value dim of a head
+    H       heads                              S       fast weights of a delta layer, (B, H, K, V), float32
+    h       features, (B, T, d_model)          g, beta log forget gate and write gate, (B, T, H)
+
+A layer pattern such as "ADAD" names the mixer of each block: A attention, D delta. Every block is
+h += mixer(norm(h)); h += mlp(norm(h)). Based on arXiv:2605.26099 section 2 (the hybrid) and arXiv:2412.06464 (Gated
+DeltaNet). Read next: sleep.py
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import delta_rule
+
+# not in the paper: everything below d_model (heads, widths, norms, positions, convolution) is our choice; the README
+# lists them together
+
+
+@dataclass
+class ModelConfig:
+    """The architecture; every field is a flag of train.py except vocab_size, which the task fixes."""
+
+    vocab_size: int
+    pattern: str = "ADAD"  # mixer per block: A attention, D delta
+    d_model: int = 256
+    n_head: int = 4  # K = V = d_model / n_head
+    n_kv_head: int = 4  # grouped attention heads: n_head / n_kv_head queries share one key and value
+    d_mlp: int = 0  # 0: 8/3 d_model, rounded up to a multiple of 16
+    conv: int = 4  # taps of the short convolution before q, k and v of a delta layer
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
+        if not self.pattern or set(self.pattern) - set("AD"):
+            raise ValueError(f"pattern {self.pattern!r}: use one A (attention) or D (delta) per block, for example ADAD")
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(f"d_model {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+
+
+class LayerState(NamedTuple):
+    """What one layer carries from token to token. None is the start of a sequence: S = 0, empty cache, zero history."""
+
+    S: torch.Tensor | None = None  # delta: fast weights (B, H, K, V)
+    conv: tuple | None = None  # delta: the last conv-1 inputs of the q, k and v convolutions, each (B, conv-1, H*K)
+    k: torch.Tensor | None = None  # attention: keys before RoPE, (B, P, n_kv_head, K)
+    v: torch.Tensor | None = None  # attention: values, same shape
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 whatever the autocast dtype."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = x.to(self.weight.dtype)
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6) * self.weight).to(x.dtype)
+
+
+def l2norm(x):
+    """x / |x| over the last dimension; eps under the root, as in the Gated DeltaNet reference."""
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def rope_table(length, dim, theta, device, dtype):
+    """cos and sin of position * theta^(-2i/dim), each (length, 1, dim/2), for positions 0..length-1."""
+    freq = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), freq)
+    return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
+
+
+def rotate(x, cos, sin):
+    """RoPE, half-split layout. x (B, T, H, K); cos, sin (T, 1, K/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal RoPE attention over the kept cache and the new tokens; grouped heads; q and k RMS-normalised per head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.d_model // config.n_head
+        self.q_proj = nn.Linear(config.d_model, config.n_head * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_head * self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+        self.out_proj = nn.Linear(config.n_head * self.head_dim, config.d_model, bias=False)
+
+    def forward(self, x, state, rope):
+        """x (B, T, d_model) -> (B, T, d_model) and the state with x's keys and values appended to its cache."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, n_head, K)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, n_kv_head, K)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        past = 0 if state.k is None else state.k.shape[1]
+        if past:
+            k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)  # (B, P+T, n_kv_head, K)
+        cos, sin = rope  # (P+T, 1, K/2): positions count from the start of the kept cache
+        query, key = rotate(q, cos[past:], sin[past:]), rotate(k, cos, sin)
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
+        o = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=not past,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )  # (B, n_head, T, K)
+        return self.out_proj(o.transpose(1, 2).flatten(2)), LayerState(k=k, v=v)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over the last few tokens, then SiLU."""
+
+    def __init__(self, dim, taps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, taps))  # tap -1 is the current token
+
+    def forward(self, x, history):
+        """x (B, T, C), history (B, taps-1, C) or None for zeros -> (B, T, C) and the new history."""
+        T, taps = x.shape[1], self.weight.shape[1]
+        x = F.pad(x, (0, 0, taps - 1, 0)) if history is None else torch.cat((history, x), 1)
+        y = sum(x[:, j : j + T] * self.weight[:, j] for j in range(taps))
+        return F.silu(y), x[:, T:]
+
+
+class GatedDeltaNet(nn.Module):
+    """The fast-weight layer: every token corrects what S predicts for its key (kernels.py), then reads S."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.n_head = config.d_model, config.n_head
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, d, bias=False)
+        self.conv_q = ShortConv(d, config.conv)
+        self.conv_k = ShortConv(d, config.conv)
+        self.conv_v = ShortConv(d, config.conv)
+        self.a_proj = nn.Linear(d, config.n_head, bias=False)  # forget gate
+        self.b_proj = nn.Linear(d, config.n_head, bias=False)  # write gate
+        self.A_log = nn.Parameter(torch.empty(config.n_head))
+        self.dt_bias = nn.Parameter(torch.empty(config.n_head))
+        self.gate_proj = nn.Linear(d, d, bias=False)
+        self.norm = RMSNorm(d // config.n_head)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def gates(self, x):
+        """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H) and at least float32."""
+        a, b = self.a_proj(x).to(self.A_log.dtype), self.b_proj(x).to(self.A_log.dtype)
+        return -self.A_log.exp() * F.softplus(a + self.dt_bias), torch.sigmoid(b)
+
+    def forward(self, x, state, write_only=False):
+        """x (B, T, d_model) -> (B, T, d_model) and the new state.
+
+        With write_only nothing is read: the output is None and only S is in the new state. That is the last write of a
+        sleeping chunk, whose features nobody will see.
+        """
+        B, T, _ = x.shape
+        heads = (B, T, self.n_head, -1)
+        history = state.conv or (None, None, None)
+        k, history_k = self.conv_k(self.k_proj(x), history[1])
+        v, history_v = self.conv_v(self.v_proj(x), history[2])
+        k, v = l2norm(k.view(heads)), v.view(heads)  # (B, T, H, K), (B, T, H, V)
+        g, beta = self.gates(x)
+        S = state.S if state.S is not None else g.new_zeros(B, self.n_head, k.shape[-1], v.shape[-1])
+        if write_only:
+            return None, LayerState(S=delta_rule(None, k, v, g, beta, S)[1])
+        q, history_q = self.conv_q(self.q_proj(x), history[0])
+        q = l2norm(q.view(heads)) * k.shape[-1] ** -0.5
+        o, S = delta_rule(q, k, v, g, beta, S)
+        o = self.norm(o) * F.silu(self.gate_proj(x)).view(heads)
+        return self.out_proj(o.flatten(2)), LayerState(S=S, conv=(history_q, history_k, history_v))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.out_proj = nn.Linear(config.d_mlp, config.d_model, bias=False)
+
+    def forward(self, x):
+        """(B, T, d_model) -> (B, T, d_model)."""
+        return self.out_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """h += mixer(norm(h)); h += mlp(norm(h)), with the mixer that `kind` names."""
+
+    def __init__(self, config, kind):
+        super().__init__()
+        self.kind = kind
+        self.norm_mixer = RMSNorm(config.d_model)
+        self.mixer = Attention(config) if kind == "A" else GatedDeltaNet(config)
+        self.norm_mlp = RMSNorm(config.d_model)
+        self.mlp = MLP(config)
+
+    def forward(self, h, state, rope, write_only=False):
+        """h (B, T, d_model) -> h, new LayerState. write_only (delta blocks): only S is computed and h comes back None."""
+        x = self.norm_mixer(h)
+        y, state = self.mixer(x, state, rope) if self.kind == "A" else self.mixer(x, state, write_only)
+        if write_only:
+            return None, state
+        h = h + y
+        return h + self.mlp(self.norm_mlp(h)), state
+
+
+class Model(nn.Module):
+    """embed -> blocks -> head, with the state passed in and returned (eq. 6 without the loop)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.pattern)
+        self.norm = RMSNorm(config.d_model)
+        self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(functools.partial(init_weights, n_layer=len(config.pattern)))
+
+    def embed(self, x):
+        """Token ids (B, T) -> features (B, T, d_model)."""
+        return self.embedding(x)
+
+    def initial_state(self):
+        """The state at the start of a sequence: one empty LayerState per block."""
+        return [LayerState() for _ in self.layers]
+
+    def blocks(self, h, state, layers=None, write_only=False):
+        """Run some of the blocks once, in order.
+
+        h (B, T, d_model); state: a LayerState per block of the model; layers: the indices to run, all by default.
+        write_only: the last of them is a delta block of which only the write to S is wanted; h comes back None.
+        Returns h and a new state in which the blocks that did not run keep theirs. `state` itself is not changed.
+        """
+        layers = range(len(self.layers)) if layers is None else layers
+        state = list(state)
+        for i in layers:
+            past = 0 if state[i].k is None else state[i].k.shape[1]
+            h, state[i] = self.layers[i](h, state[i], self.rope(past + h.shape[1], h), write_only and i == layers[-1])
+        return h, state
+
+    def rope(self, length, h):
+        """The cached rotation table for `length` positions, on h's device; never below float32."""
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        return rope_table(length, self.config.d_model // self.config.n_head, self.config.rope_theta, h.device, dtype)
+
+    def head(self, h):
+        """Features (B, T, d_model) -> logits (B, T, vocab_size)."""
+        return self.head_proj(self.norm(h))
+
+    def n_params(self):
+        """Number of parameters, embedding and head included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def compile_blocks(self):
+        """Compile each block, not the stack: equal blocks share one compilation, and passes and chunks reuse it."""
+        for block in self.layers:
+            block.compile(dynamic=False)
+
+
+def init_weights(module, n_layer):
+    """Initialise one module; Model applies it to all of them."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.in_features))
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)
+    elif isinstance(module, ShortConv):
+        nn.init.uniform_(module.weight, -0.5, 0.5)
+    elif isinstance(module, GatedDeltaNet):
+        nn.init.uniform_(module.A_log.data, 0.01, 16.0).log_()  # A ~ U(0, 16), away from 0: a head must be able to learn
+        dt = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        module.dt_bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+    # apply() visits children first, so a block's small output projections overwrite what nn.Linear got above
+    if isinstance(module, Attention | GatedDeltaNet | MLP):
+        nn.init.normal_(module.out_proj.weight, std=0.02 / math.sqrt(2 * n_layer))
