@@ -5,6 +5,7 @@ Each task hides what matters in a long context that is evicted window by window,
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
     batch(seed, split, s, B) -> x, y, m     tokens, next tokens, and which positions are scored
     score(x, y, m, pred)                    what was answered right, one array per difficulty
+    losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
     decode(ids), problem_hashes(x)          text for people, and proof that the splits share no problem
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
@@ -170,6 +171,11 @@ class Rule110:
         y, m, pred = as_arrays(y, m, pred)
         right = (pred == y)[m].reshape(-1, self.strings)  # (B, strings)
         return {f"t={self.t} exact": right.all(axis=1), f"t={self.t} bit": right.reshape(-1)}
+
+    def losses(self, x, y, m, ce):
+        """The same keys as score -> {"loss": mean of the cross-entropies ce (B, T), in nats, over the scored tokens}."""
+        m, ce = as_arrays(m, ce)
+        return {key: {"loss": float(ce[m].mean())} for key in (f"t={self.t} exact", f"t={self.t} bit")}
 
     def chance(self, x, y, m):
         """The same keys as score -> accuracy of guessing uniformly, and of always answering the commonest bit."""
@@ -375,16 +381,36 @@ class Depo:
         hops = range(1, self.hops + 1)
         return {f"hops {i}": values[k == i] for i in hops} | {f"first hops {i}": values[first & (k == i)] for i in hops}
 
+    def _query_of(self, x):
+        """The query each position belongs to, counted through the batch, and how many there are. x: (B, T) array."""
+        asks = (x > self.query) & (x < self.answer)
+        return asks.cumsum().reshape(x.shape) - 1, int(asks.sum())
+
     def score(self, x, y, m, pred):
         """
         All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for k in 1..hops, and "first hops k" for
         each row's first query only. Right means every token of the answer's name; <answer> itself does not count.
         """
         x, y, m, pred = as_arrays(x, y, m, pred)
-        asks = (x > self.query) & (x < self.answer)
-        query = asks.cumsum().reshape(x.shape) - 1  # the query a position belongs to, counted through the batch
+        query, Q = self._query_of(x)
         wrong = m & (y != self.answer) & (pred != y)
-        return self._by_hops(x, np.bincount(query[wrong], minlength=asks.sum()) == 0)
+        return self._by_hops(x, np.bincount(query[wrong], minlength=Q) == 0)
+
+    def losses(self, x, y, m, ce):
+        """
+        The same keys as score -> means of the cross-entropies ce (B, T), in nats; nan if empty. "loss" is per token of
+        the answers' names; "scored_loss" is per scored token, so it counts the easy <answer> in and is the lower one.
+        """
+        x, y, m, ce = as_arrays(x, y, m, ce)
+        query, Q = self._query_of(x)
+        means = {}
+        for kind, where in {"loss": m & (y != self.answer), "scored_loss": m}.items():
+            total = self._by_hops(x, np.bincount(query[where], weights=ce[where], minlength=Q))
+            count = self._by_hops(x, np.bincount(query[where], minlength=Q))
+            for key, tokens in count.items():
+                mean = float(total[key].sum() / tokens.sum()) if len(tokens) else math.nan
+                means.setdefault(key, {})[kind] = mean
+        return means
 
     def chance(self, x, y, m):
         """The same keys as score -> accuracy of guessing a node of the row, of the commonest answer; nan if empty."""

@@ -47,7 +47,9 @@ def delta_rule(q, k, v, g, beta, S, impl="torch"):
         raise ValueError(f"unknown impl {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     B, T, H, K = k.shape
     if T < 1 or v.shape[:3] != (B, T, H) or g.shape != (B, T, H) or beta.shape != (B, T, H):
-        raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, g {tuple(g.shape)}, beta {tuple(beta.shape)} disagree")
+        raise ValueError(
+            f"k {tuple(k.shape)}, v {tuple(v.shape)}, g {tuple(g.shape)}, beta {tuple(beta.shape)} disagree"
+        )
     if S.shape != (B, H, K, v.shape[-1]) or (q is not None and q.shape != k.shape):
         raise ValueError(f"S {tuple(S.shape)} or q does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
     dtype = torch.promote_types(v.dtype, torch.float32)

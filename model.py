@@ -43,7 +43,9 @@ class ModelConfig:
     def __post_init__(self):
         self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
         if not self.pattern or set(self.pattern) - set("AD"):
-            raise ValueError(f"pattern {self.pattern!r}: use one A (attention) or D (delta) per block, for example ADAD")
+            raise ValueError(
+                f"pattern {self.pattern!r}: use one A (attention) or D (delta) per block, for example ADAD"
+            )
         if self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -287,7 +289,9 @@ def init_weights(module, n_layer):
     elif isinstance(module, ShortConv):
         nn.init.uniform_(module.weight, -0.5, 0.5)
     elif isinstance(module, GatedDeltaNet):
-        nn.init.uniform_(module.A_log.data, 0.01, 16.0).log_()  # A ~ U(0, 16), away from 0: a head must be able to learn
+        nn.init.uniform_(
+            module.A_log.data, 0.01, 16.0
+        ).log_()  # A ~ U(0, 16), away from 0: a head must be able to learn
         dt = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         module.dt_bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
     # apply() visits children first, so a block's small output projections overwrite what nn.Linear got above

@@ -1,0 +1,1335 @@
+"""The tests: what this repository promises, checked against independent definitions.
+
+    python -m pytest -q test_all.py                  everything, a few minutes on two cores, no GPU needed
+    python -m pytest -q test_all.py -k "kernel"      one section: kernel, model, sleep, data, eval, train or repository
+
+They stand in the reading order of the files. The first section is the yardstick: random inputs, the error metric, and a
+second, slow implementation of the whole model in explicit sums and loops, sharing nothing with the code but its weights.
+Then come the kernels, the model, Algorithm 1, the tasks, the evaluation, training, and the layout of the repository.
+Every test says what would be broken if it failed. Errors are RMS(x - ref) / (RMS(ref) + 1e-12), in float64 where it can be.
+"""
+
+import ast
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tokenize
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import eval as evaluation
+import train
+from data import Depo, Rule110
+from kernels import delta_rule
+from model import LayerState, Model, ModelConfig
+from sleep import Algorithm1, Chunk, evict, generate, passes, sleep, split_chunks
+
+HERE = Path(__file__).resolve().parent
+
+# -----------------------------------------------------------------------------
+# the yardstick
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Every test draws the same random numbers alone as in company, and leaves torch's global settings as they were."""
+    torch.manual_seed(1234)
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+
+
+def error(x, ref):
+    """RMS(x - ref) / (RMS(ref) + 1e-12); infinite if the shapes differ or anything is not finite."""
+    x, ref = torch.as_tensor(x).detach().double(), torch.as_tensor(ref).detach().double()
+    if x.shape != ref.shape or not (x.isfinite().all() and ref.isfinite().all()):
+        return float("inf")
+    return float((x - ref).square().mean().sqrt() / (ref.square().mean().sqrt() + 1e-12))
+
+
+def assert_same(got, want, tolerance):
+    """Two dicts of tensors with the same keys agree, each to the tolerance."""
+    assert got.keys() == want.keys()
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance, errors
+
+
+def random_model(pattern="DADA", n_kv_head=1, vocab_size=29, dtype=torch.float64, **sizes):
+    """A small model with grouped heads whose every weight is random and matters: no ones, no near-zero projections."""
+    sizes = {"d_model": 16, "n_head": 2, "d_mlp": 24} | sizes
+    model = Model(ModelConfig(vocab_size, pattern, n_kv_head=n_kv_head, **sizes)).to(dtype)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith(("A_log", "dt_bias")):
+                p.uniform_(-2, 0)
+            elif "norm" in name:
+                p.uniform_(0.5, 1.5)
+            else:
+                p.normal_(std=1.0 if "embedding" in name else p.shape[-1] ** -0.5)
+    return model
+
+
+def random_ids(B, T, vocab_size=29):
+    return torch.randint(vocab_size, (B, T))
+
+
+def answers_in(predicts, L, B=2, last=None):
+    """A mask whose chunk c of L tokens is scored where predicts[c]; the last chunk may be shorter."""
+    m = torch.tensor(predicts).repeat_interleave(L).expand(B, -1)
+    return m[:, : m.shape[1] - L + (last or L)]
+
+
+def ref_rmsnorm(x, weight):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def ref_rope(x, position):
+    """Rotate (B, T, K) as K/2 complex numbers; dimension i is paired with i + K/2."""
+    half = x.shape[-1] // 2
+    angle = position[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), -1)
+
+
+def ref_attention(w, x, position, chunk, n_head, S):
+    """Softmax attention, one query head at a time, inside blocks of equal `chunk` and never forward in time."""
+    K = x.shape[-1] // n_head
+    group = n_head // (w["k_proj.weight"].shape[0] // K)
+    time = torch.arange(x.shape[1])
+    allowed = (chunk[:, None] == chunk) & (time[:, None] >= time)
+    heads = []
+    for head in range(n_head):
+        own, shared = slice(head * K, head * K + K), slice(head // group * K, head // group * K + K)
+        q = ref_rope(ref_rmsnorm(x @ w["q_proj.weight"][own].T, w["q_norm.weight"]), position)
+        k = ref_rope(ref_rmsnorm(x @ w["k_proj.weight"][shared].T, w["k_norm.weight"]), position)
+        weight = torch.where(allowed, (q @ k.mT / K**0.5).exp(), 0)
+        heads.append(weight / weight.sum(-1, keepdim=True) @ (x @ w["v_proj.weight"][shared].T))
+    return torch.cat(heads, -1) @ w["out_proj.weight"].T, S
+
+
+def ref_conv(x, weight, position):
+    """The sum over the last tokens of the same chunk, then SiLU; weight[:, -1] is for the token itself."""
+    y = torch.zeros_like(x)
+    for back in range(weight.shape[1]):
+        y = y + x.roll(back, 1) * (position >= back)[:, None] * weight[:, -1 - back]
+    return y * torch.sigmoid(y)
+
+
+def ref_delta(w, x, position, chunk, n_head, S):
+    """Gated DeltaNet in the literal form S_t = a S_{t-1} (I - b k k^T) + b v k^T with S (B, H, V, K), token by token."""
+    B, T, d = x.shape
+    K = d // n_head
+    q, k, v = (
+        ref_conv(x @ w[f"{n}_proj.weight"].T, w[f"conv_{n}.weight"], position).view(B, T, n_head, K) for n in "qkv"
+    )
+    q, k = (a / (a.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for a in (q, k))
+    a = torch.exp(-w["A_log"].exp() * torch.log1p(torch.exp(x @ w["a_proj.weight"].T + w["dt_bias"])))
+    b = 1 / (1 + torch.exp(-x @ w["b_proj.weight"].T))
+    o = []
+    for t in range(T):
+        a_t, b_t = a[:, t, :, None, None], b[:, t, :, None, None]
+        k_t, v_t = k[:, t, :, None, :], v[:, t, :, :, None]  # a row, a column
+        S = a_t * S @ (torch.eye(K, dtype=x.dtype) - b_t * k_t.mT @ k_t) + b_t * v_t @ k_t
+        o.append((S @ q[:, t, :, :, None]).squeeze(-1) / K**0.5)
+    gate = (x @ w["gate_proj.weight"].T).view(B, T, n_head, K)
+    o = ref_rmsnorm(torch.stack(o, 1), w["norm.weight"]) * gate * torch.sigmoid(gate)
+    return o.flatten(2) @ w["out_proj.weight"].T, S
+
+
+def ref_blocks(model, h, S, layers, L):
+    """Some blocks over h (B, T, d) in one piece; what an eviction restarts is restarted every L tokens.
+
+    S: block -> (B, H, V, K), replaced in place: the only thing that goes from one stretch of L tokens to the next.
+    """
+    weights, c = model.state_dict(), model.config
+    position, chunk = torch.arange(h.shape[1]) % L, torch.arange(h.shape[1]) // L
+    for i in layers:
+        w = {name.removeprefix(f"layers.{i}."): a for name, a in weights.items() if name.startswith(f"layers.{i}.")}
+        mixer = {name.removeprefix("mixer."): a for name, a in w.items()}
+        x = ref_rmsnorm(h, w["norm_mixer.weight"])
+        y, S[i] = (ref_attention if c.pattern[i] == "A" else ref_delta)(mixer, x, position, chunk, c.n_head, S[i])
+        h = h + y
+        x = ref_rmsnorm(h, w["norm_mlp.weight"])
+        gate = x @ w["mlp.gate_proj.weight"].T
+        h = h + (gate * torch.sigmoid(gate) * (x @ w["mlp.up_proj.weight"].T)) @ w["mlp.out_proj.weight"].T
+    return h
+
+
+def ref_zero_S(model, B):
+    K = model.config.d_model // model.config.n_head
+    return {i: torch.zeros(B, model.config.n_head, K, K, dtype=torch.float64) for i in range(len(model.layers))}
+
+
+def ref_head(model, h):
+    weights = model.state_dict()
+    return ref_rmsnorm(h, weights["norm.weight"]) @ weights["head_proj.weight"].T
+
+
+def ref_algorithm1(model, x, predicts, L, N, loop=None):
+    """Algorithm 1 as printed: every pass runs all of its blocks, dead or not. Logits of the prediction chunks."""
+    n_layer, S, logits = len(model.layers), ref_zero_S(model, len(x)), []
+    first, last = loop or (0, n_layer)
+    for c, predict in enumerate(predicts):
+        h = model.state_dict()["embedding.weight"][x[:, c * L : c * L + L]]
+        if predict:
+            logits.append(ref_head(model, ref_blocks(model, h, S, range(n_layer), L)))
+            continue
+        for n in range(1, N + 1):
+            h = ref_blocks(model, h, S, range(0 if n == 1 else first, n_layer if n == N else last), L)
+    return torch.cat(logits, 1)
+
+
+# -----------------------------------------------------------------------------
+# kernels.py: the delta rule
+
+REGIMES = ("usual", "hard decay", "no decay", "beta 0", "beta 1", "beta 2", "identical keys")
+
+
+def kernel_inputs(T, regime="usual", B=2, H=2, K=8, V=5, dtype=torch.float64):
+    q, k = (torch.nn.functional.normalize(torch.randn(B, T, H, K, dtype=torch.float64), dim=-1) for _ in "qk")
+    g, beta = -torch.rand(B, T, H, dtype=torch.float64).square(), torch.rand(B, T, H, dtype=torch.float64)
+    if regime == "hard decay":
+        g = -50 * torch.rand_like(g)
+    elif regime == "no decay":
+        g = torch.zeros_like(g)
+    elif regime == "identical keys":
+        k, g, beta = k[:, :1].expand_as(k), torch.zeros_like(g), torch.full_like(beta, 0.99)
+    elif regime.startswith("beta"):
+        beta = torch.full_like(beta, float(regime.split()[1]))
+    v, S = torch.randn(B, T, H, V, dtype=torch.float64), torch.randn(B, H, K, V, dtype=torch.float64)
+    return {name: a.to(dtype) for name, a in dict(q=q, k=k, v=v, g=g, beta=beta, S=S).items()}
+
+
+def outputs_and_gradients(call, inputs):
+    """What call(**inputs) returns, and the gradient of every input of a loss that weighs all of it at random."""
+    inputs = {name: a.clone().requires_grad_() for name, a in inputs.items()}
+    outputs = call(**inputs)
+    rng = torch.Generator().manual_seed(5)
+    loss = sum((a * torch.randn(a.shape, generator=rng, dtype=a.dtype)).sum() for a in outputs)
+    found = {f"output {i}": a for i, a in enumerate(outputs)}
+    return found | {f"d{name}": a for name, a in zip(inputs, torch.autograd.grad(loss, inputs.values()))}
+
+
+@pytest.mark.parametrize("T", (1, 31, 32, 33, 63, 75, 100, 130))
+@pytest.mark.parametrize("regime", REGIMES)
+def test_kernel_chunked_is_the_definition(regime, T):
+    """The fast path computes something else than the recurrence, or its gradients are wrong, also through final S."""
+    inputs = kernel_inputs(T, regime)
+    got, want = (outputs_and_gradients(lambda **a: delta_rule(**a, impl=i), inputs) for i in ("torch", "recurrent"))
+    assert_same(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("impl", ("torch", "recurrent"))
+@pytest.mark.parametrize("regime", REGIMES)
+def test_kernel_is_the_paper_equation(regime, impl):
+    """Both paths share a mistake: the decay comes after the prediction, the read before the write, a hidden scale."""
+    inputs = kernel_inputs(37, regime)
+    q, k, v, g, beta, S0 = (a.numpy() for a in inputs.values())
+    o, S_final = np.empty_like(v), np.empty_like(S0)
+    for b, h in np.ndindex(S0.shape[:2]):
+        S = S0[b, h].T  # the paper's S is (V, K)
+        for t in range(37):
+            key, value, eye = k[b, t, h][:, None], v[b, t, h][:, None], np.eye(k.shape[-1])
+            S = np.exp(g[b, t, h]) * S @ (eye - beta[b, t, h] * key @ key.T) + beta[b, t, h] * value @ key.T
+            o[b, t, h] = S @ q[b, t, h]
+        S_final[b, h] = S.T
+    got_o, got_S = delta_rule(**inputs, impl=impl)
+    assert error(got_o, o) <= 1e-9 and error(got_S, S_final) <= 1e-9
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_kernel_three_chained_passes(regime):
+    """S carried through three passes loses accuracy, or its gradient does not reach the first pass."""
+    one = [kernel_inputs(T, regime) for T in (33, 70, 5)]
+    inputs = {f"{name}{i}": a for i, p in enumerate(one) for name, a in p.items() if name != "S" or i == 0}
+
+    def chain(impl):
+        def call(**a):
+            S, outputs = a["S0"], []
+            for i in range(3):
+                o, S = delta_rule(*(a[f"{name}{i}"] for name in ("q", "k", "v", "g", "beta")), S, impl=impl)
+                outputs.append(o)
+            return *outputs, S
+
+        return call
+
+    assert_same(outputs_and_gradients(chain("torch"), inputs), outputs_and_gradients(chain("recurrent"), inputs), 1e-9)
+
+
+@pytest.mark.parametrize("impl", ("torch", "recurrent"))
+@pytest.mark.parametrize("cut", (1, 40, 64))
+def test_kernel_one_call_is_two_calls_that_carry_S(cut, impl):
+    """The result depends on how a sequence is cut, so a chunk boundary would change what is remembered."""
+
+    def two(S, **a):
+        first, S = delta_rule(**{name: x[:, :cut] for name, x in a.items()}, S=S, impl=impl)
+        second, S = delta_rule(**{name: x[:, cut:] for name, x in a.items()}, S=S, impl=impl)
+        return torch.cat((first, second), 1), S
+
+    inputs = kernel_inputs(100)
+    one = outputs_and_gradients(lambda **a: delta_rule(**a, impl=impl), inputs)
+    assert_same(outputs_and_gradients(two, inputs), one, 1e-9)
+
+
+@pytest.mark.parametrize("impl", ("torch", "recurrent"))
+def test_kernel_without_queries_writes_the_same_S(impl):
+    """The last write of a sleeping chunk, which reads nothing, writes something else than a pass that reads."""
+    inputs = kernel_inputs(75)
+    o, S = delta_rule(**inputs | {"q": None}, impl=impl)
+    assert o is None
+    assert error(S, delta_rule(**inputs, impl=impl)[1]) <= 1e-12
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_kernel_float32_stays_close_to_float64(regime):
+    """The chunked form is unstable where training runs it: in float32, with repeated keys or hard decay."""
+    inputs = kernel_inputs(130, regime, K=16)
+    single = outputs_and_gradients(delta_rule, {name: a.float() for name, a in inputs.items()})
+    double = outputs_and_gradients(delta_rule, {name: a.float().double() for name, a in inputs.items()})
+    assert_same(single, double, 1e-4)
+
+
+@pytest.mark.parametrize("impl", ("torch", "recurrent"))
+def test_kernel_keeps_S_in_float32_for_bfloat16_inputs(impl):
+    """Fast weights are rounded to bfloat16 on the way, and what was written early is lost."""
+    inputs = kernel_inputs(75, dtype=torch.float32)
+    inputs |= {name: inputs[name].bfloat16() for name in "qkv"}
+    o, S = delta_rule(**inputs, impl=impl)
+    assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
+    want_o, want_S = delta_rule(**{name: a.double() for name, a in inputs.items()})
+    assert error(S, want_S) <= 1e-5 and error(o, want_o) <= 5e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        {"impl": "fast"},
+        {"S": torch.randn(2, 2, 5, 8)},
+        {"S": torch.randn(2, 1, 8, 5)},
+        {"g": torch.randn(2, 6, 2)},
+        {"beta": torch.rand(2, 7, 1)},
+        {"v": torch.randn(2, 6, 2, 5)},
+        {"q": torch.randn(2, 7, 2, 5)},
+        {name: torch.randn(2, 0, 2, *rest) for name, rest in dict(q=(8,), k=(8,), v=(5,), g=(), beta=()).items()},
+    ),
+    ids=lambda wrong: "-".join(wrong),
+)
+def test_kernel_refuses_what_does_not_fit(wrong):
+    """Wrong shapes are broadcast in silence."""
+    with pytest.raises(ValueError):
+        delta_rule(**kernel_inputs(7, dtype=torch.float32) | wrong)
+
+
+# -----------------------------------------------------------------------------
+# model.py: the hybrid
+
+PATTERNS = ("A", "D", "AD", "DADA")
+
+
+@pytest.mark.parametrize("n_kv_head", (1, 2))
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("cuts", ((7,), (1, 2, 3), tuple(range(1, 13))), ids=("two", "short", "token by token"))
+def test_model_in_pieces_is_one_forward(pattern, n_kv_head, cuts):
+    """Decoding with the cache, or continuing a state, gives other features than the full forward."""
+    model, h = random_model(pattern, n_kv_head), torch.randn(2, 13, 16, dtype=torch.float64)
+    want, want_state = model.blocks(h, model.initial_state())
+    state, got = model.initial_state(), []
+    for start, stop in zip((0, *cuts), (*cuts, 13)):
+        y, state = model.blocks(h[:, start:stop], state)
+        got.append(y)
+    assert error(torch.cat(got, 1), want) <= 1e-12
+    for a, b in zip(tree_leaves(state), tree_leaves(want_state)):
+        assert (a is None and b is None) or error(a, b) <= 1e-12
+
+
+@pytest.mark.parametrize("n_kv_head", (1, 2))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_model_forward_is_the_reference(pattern, n_kv_head):
+    """A layer computes something else than its documented formula (norms, positions, heads, gates, MLP)."""
+    model, x = random_model(pattern, n_kv_head), random_ids(2, 13)
+    got = model.head(model.blocks(model.embed(x), model.initial_state())[0])
+    h = model.state_dict()["embedding.weight"][x]
+    want = ref_head(model, ref_blocks(model, h, ref_zero_S(model, 2), range(len(pattern)), 13))
+    assert error(got, want) <= 1e-9
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_model_is_causal(pattern):
+    """A token sees the future: the loss would be trivial and generation would differ from training."""
+    model, h = random_model(pattern), torch.randn(2, 13, 16, dtype=torch.float64)
+    other = h.clone()
+    other[:, 6] = torch.randn(2, 16)
+    a, b = (model.blocks(each, model.initial_state())[0] for each in (h, other))
+    change = (a - b).abs().amax((0, 2))
+    assert change[:6].max() <= 1e-12 and change[6:].min() >= 1e-6
+
+
+def test_model_blocks_leaves_the_given_state_alone():
+    """A hidden buffer: a state that was used once is no longer what it was."""
+    model, h = random_model("DADA"), torch.randn(2, 5, 16, dtype=torch.float64)
+    _, state = model.blocks(h, model.initial_state())
+    layers, tensors = list(state), [a.clone() for a in tree_leaves(state)]
+    first, second = (model.blocks(h, state)[0] for _ in range(2))
+    assert all(a is b for a, b in zip(state, layers))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), tensors))
+    assert torch.equal(first, second) and not torch.equal(first, model.blocks(h, model.initial_state())[0])
+
+
+def test_model_sub_ranges_compose_and_write_only_writes_the_same():
+    """Prelude, core and coda run after each other are not the model; or a write without a read writes another S."""
+    model, h = random_model("DADA"), torch.randn(2, 9, 16, dtype=torch.float64)
+    want, want_state = model.blocks(h, model.initial_state())
+    y, state = model.blocks(h, model.initial_state(), [0])
+    assert state[1] == state[2] == LayerState()
+    y, state = model.blocks(y, state, range(1, 3))
+    nothing, _ = model.blocks(y, state, [3])
+    assert error(nothing, want) <= 1e-12
+    nothing, written = model.blocks(h, model.initial_state(), [0, 1, 2], write_only=True)
+    assert nothing is None
+    assert [error(written[i].S, want_state[i].S) <= 1e-12 for i in (0, 2)] == [True, True]
+
+
+@pytest.mark.parametrize("n_kv_head, d_mlp, conv", ((4, 0, 4), (2, 100, 3)))
+def test_model_parameter_count(n_kv_head, d_mlp, conv):
+    """The architecture has other matrices than documented."""
+    d, heads, vocab = 64, 4, 31
+    got = Model(ModelConfig(vocab, "ADD", d, heads, n_kv_head, d_mlp, conv)).n_params()
+    attention = 2 * d * d + 2 * d * (d // heads * n_kv_head) + 2 * (d // heads)
+    delta = 5 * d * d + 3 * d * conv + 2 * d * heads + 2 * heads + d // heads
+    shared = 2 * d + 3 * d * (d_mlp or 176)  # 8/3 of 64, rounded up to a multiple of 16
+    assert got == 2 * vocab * d + d + attention + 2 * delta + 3 * shared
+
+
+@pytest.mark.parametrize(
+    "wrong", ({"pattern": "AXA"}, {"pattern": ""}, {"d_model": 30}, {"n_kv_head": 3}, {"pattern": "ad"}), ids=str
+)
+def test_model_refuses_what_is_no_architecture(wrong):
+    """A typing error becomes another model instead of a message."""
+    with pytest.raises(ValueError):
+        ModelConfig(**{"vocab_size": 5, "d_model": 64, "n_head": 4, "n_kv_head": 4} | wrong)
+
+
+# -----------------------------------------------------------------------------
+# sleep.py: Algorithm 1
+
+L = 6  # the window of this section
+
+
+def run_algorithm1(model, x, predicts, N, loop=None):
+    """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
+    m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
+    return Algorithm1(model, N, loop).logits(x, split_chunks(m, L))[0]
+
+
+@pytest.mark.parametrize("predicts", ([False, False, False, True], [False, True, False, True]), ids=("last", "two"))
+@pytest.mark.parametrize("pattern", ("DADA", "ADAD", "AADD"))
+def test_sleep_once_is_a_whole_sequence_forward(pattern, predicts):
+    """N=1 is not the ordinary hybrid with a block-diagonal causal mask: something else is evicted, kept or reset."""
+    model, x = random_model(pattern), random_ids(2, 3 * L + 4)
+    h = model.state_dict()["embedding.weight"][x]
+    want = ref_head(model, ref_blocks(model, h, ref_zero_S(model, 2), range(4), L))
+    columns = torch.tensor(predicts).repeat_interleave(L)[: x.shape[1]]
+    assert error(run_algorithm1(model, x, predicts, 1), want[:, columns]) <= 1e-9
+
+
+@pytest.mark.parametrize("predicts", ([False, False, True], [False, True, False, True]), ids=("last", "two"))
+@pytest.mark.parametrize(
+    "pattern, N, loop",
+    (
+        ("DADA", 3, None),
+        ("ADAD", 3, None),
+        ("AD", 2, None),
+        ("DA", 3, None),
+        ("ADA", 3, None),
+        ("ADAD", 3, (1, 3)),
+        ("DADA", 2, (1, 3)),
+        ("DADA", 3, (2, 4)),
+        ("ADA", 4, (1, 2)),
+        ("DDAA", 3, (0, 1)),
+        ("DADA", 1, (1, 3)),
+    ),
+)
+def test_sleep_is_algorithm_1(pattern, N, loop, predicts):
+    """N passes are not: features fed back, S carried, cache restarted; or a skipped computation was not dead."""
+    model, x = random_model(pattern), random_ids(2, L * (len(predicts) - 1) + 4)
+    want = ref_algorithm1(model, x, predicts, L, N, loop)
+    assert error(run_algorithm1(model, x, predicts, N, loop), want) <= 1e-9
+
+
+def test_sleep_does_not_happen_inside_one_window():
+    """N changes the logits of a sequence that fits in the window: prediction chunks are looped too."""
+    model, x = random_model(), random_ids(2, L)
+    one, two, four = (run_algorithm1(model, x, [True], N) for N in (1, 2, 4))
+    assert torch.equal(one, two) and torch.equal(one, four)
+    asleep = [run_algorithm1(model, random_ids(2, L).repeat(1, 2), [False, True], N) for N in (1, 2)]
+    assert error(*asleep) >= 1e-3
+
+
+@pytest.mark.parametrize("N", (1, 3))
+def test_sleep_leaves_nothing_but_S(N):
+    """The answer knows the context by another way than S: a cache or a convolution history survived."""
+    model, mine, other, question = random_model(), random_ids(2, L), random_ids(2, L), random_ids(2, 4)
+
+    def answer(state):
+        return model.head(model.blocks(model.embed(question), state)[0])
+
+    my_state, other_state = (sleep(model, model.embed(c), model.initial_state(), N)[0] for c in (mine, other))
+    want = run_algorithm1(model, torch.cat((mine, question), 1), [False, True], N)
+    transplanted = [theirs._replace(S=own.S) for theirs, own in zip(other_state, my_state)]
+    assert error(answer(transplanted), want) <= 1e-12
+    assert error(answer(other_state), want) >= 1e-3
+    blank = [a._replace(S=None if a.S is None else torch.zeros_like(a.S)) for a in my_state]
+    assert error(answer(blank), want) >= 1e-3
+    assert error(answer(blank), run_algorithm1(model, question, [True], N)) <= 1e-12
+
+
+def test_sleep_evict_keeps_S_and_its_gradient():
+    """Eviction detaches or copies S, or lets a cache live on."""
+    model = random_model()
+    _, state = model.blocks(torch.randn(2, 5, 16, dtype=torch.float64), model.initial_state())
+    for layer, kept in zip(state, evict(state)):
+        assert kept.S is layer.S and kept[1:] == (None, None, None)
+
+
+@pytest.mark.parametrize("pattern", ("AD", "DADA"))
+@pytest.mark.parametrize("N", (1, 2, 4))
+def test_sleep_gradient_reaches_every_slept_token(N, pattern):
+    """The gradient is cut at an eviction or between passes, so that sleeping is never learnt."""
+    chunks = [Chunk(0, L, False), Chunk(L, 2 * L, False), Chunk(2 * L, 3 * L, False), Chunk(3 * L, 3 * L + 4, True)]
+    T = chunks[-1].stop
+    model, x = (
+        random_model(pattern, vocab_size=T + 1),
+        torch.arange(T).expand(2, T),
+    )  # every token its own embedding row
+    m = (torch.arange(T) >= 3 * L).expand(2, T)
+    Algorithm1(model, N)(x, random_ids(2, T), m, chunks)[0].backward()
+    rows = model.embedding.weight.grad.norm(dim=1)
+    assert rows[:T].min() > 1e-6 and rows[T] == 0
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
+
+
+def test_sleep_logits_do_not_see_the_future():
+    """A logit depends on a later chunk or on a later token of its own chunk."""
+    model, x, predicts = random_model(), random_ids(2, 4 * L), [False, True, False, True]
+    logits = run_algorithm1(model, x, predicts, 3)
+    column = torch.cat((torch.arange(L, 2 * L), torch.arange(3 * L, 4 * L)))  # where the logits stand in x
+    for p in (3, L + 2, 2 * L, 2 * L + 5, 3 * L + 3):
+        other = x.clone()
+        other[:, p] = (x[:, p] + 1) % 29
+        change = (run_algorithm1(model, other, predicts, 3) - logits).abs().amax((0, 2))
+        assert (change[column < p] <= 1e-12).all()
+        assert (change[column >= p] >= 1e-9).all()
+
+
+def test_sleep_second_pass_sees_later_tokens_of_its_chunk():
+    """Pass 1 over a sleeping chunk is not causal, or pass 2 does not read the S that holds the whole chunk."""
+    model, x = random_model(), random_ids(2, L)
+    other = x.clone()
+    other[:, -1] = (x[:, -1] + 1) % 29
+
+    def features_after(n, ids):  # what enters the last of n+1 passes is what the n-th one made
+        return sleep(model, model.embed(ids), model.initial_state(), n + 1)[1]
+
+    assert torch.equal(features_after(1, x), model.blocks(model.embed(x), model.initial_state())[0])
+    for n, early in ((1, False), (2, True), (3, True)):
+        change = (features_after(n, x) - features_after(n, other)).abs().amax((0, 2))
+        assert change[-1] >= 1e-6
+        assert (change[:-1] >= 1e-9).all() if early else (change[:-1] <= 1e-12).all()
+
+
+def one_step(model, N, use_checkpoint, B=2, T=3 * L + 4, window=L, seed=7):
+    """Loss and all gradients of one forward and backward; the chunks before the last are slept over."""
+    rng = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(29, (2, B, T), generator=rng)
+    m = (torch.arange(T) >= (T - 1) // window * window).expand(B, T)
+    model.zero_grad()
+    loss = Algorithm1(model, N, use_checkpoint=use_checkpoint)(x, y, m, split_chunks(m, window))[0]
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pattern", ("ADAD", "DA"))
+def test_sleep_checkpointing_changes_nothing(pattern):
+    """Recomputing activations gives another loss or other gradients."""
+    model = random_model(pattern)
+    assert_same(one_step(model, 3, True), one_step(model, 3, False), 1e-12)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it and still alive; `peak` is the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for a in tree_leaves(out):
+            if isinstance(a, torch.Tensor) and a.untyped_storage()._cdata not in self.known:
+                storage = a.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def free(self, key, nbytes):
+        self.known.discard(key)
+        self.live -= nbytes
+
+
+def test_sleep_checkpointing_memory_grows_by_h_and_S_only():
+    """A pass keeps more than its features and fast weights although it is checkpointed; N would not fit on a GPU."""
+    B, window, d = 4, 32, 32
+    model = random_model("ADAD", dtype=torch.float32, d_model=d, d_mlp=96)
+
+    def peak(N, use_checkpoint):
+        with LiveBytes() as memory:
+            one_step(model, N, use_checkpoint, B, T=window + 8, window=window)
+        return memory.peak
+
+    one_pass = 4 * (B * window * d + 2 * B * 2 * (d // 2) ** 2)  # bytes of h, and of S in two delta layers
+    with_checkpoint, without = (peak(6, c) - peak(2, c) for c in (True, False))
+    assert 0 < with_checkpoint <= 1.2 * 4 * one_pass, with_checkpoint / (4 * one_pass)
+    assert without >= 5 * with_checkpoint
+
+
+def test_sleep_gradient_is_the_slope_of_the_loss():
+    """Backpropagation through passes and chunks is truncated or wrong somewhere: finite differences disagree."""
+    model, x, y = random_model("ADAD"), random_ids(2, 2 * L + 4), random_ids(2, 2 * L + 4)
+    m = answers_in([False, False, True], L, last=4).clone()
+    m[0, -2] = False
+    chunks, algorithm = split_chunks(m, L), Algorithm1(model, 3)
+
+    @torch.no_grad()
+    def loss():  # the same loss by hand, in float64
+        log_p = algorithm.logits(x, chunks)[0].log_softmax(-1)
+        return -log_p.gather(-1, y[:, 2 * L :, None]).squeeze(-1)[m[:, 2 * L :]].sum()
+
+    value = algorithm(x, y, m, chunks)[0]
+    value.backward()
+    assert error(value, loss()) <= 1e-6
+    for name, p in model.named_parameters():
+        direction, step = torch.randn_like(p), 1e-5
+        slopes = []
+        for sign in (1, -1):
+            p.data.add_(direction, alpha=sign * step)
+            slopes.append(sign * loss() / (2 * step))
+            p.data.sub_(direction, alpha=sign * step)
+        assert error((p.grad * direction).sum(), sum(slopes)) <= 2e-5, name
+
+
+@pytest.mark.parametrize("N, loop", ((1, None), (3, None), (2, (1, 3))))
+def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop):
+    """Answering token by token gives other tokens than the forward that training uses."""
+    model, context, question = random_model(), random_ids(3, 2 * L), random_ids(3, 2)
+    got = generate(model, context, question, 4, N, L, loop)
+    x = torch.cat((context, question), 1)
+    for _ in range(4):
+        x = torch.cat((x, run_algorithm1(model, x, [False, False, True], N, loop)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(got, x[:, -4:])
+    assert generate(model, context, question, L - 1, N, L, loop).shape == (3, L - 1)  # the last token is not fed back
+    with pytest.raises(ValueError):
+        generate(model, context, question, L, N, L, loop)
+    with pytest.raises(ValueError):
+        generate(model, context, question[:, :0], 2, N, L, loop)
+
+
+def test_sleep_split_chunks():
+    """Windows are cut elsewhere than every L tokens, or sleeping is decided from something else than the mask."""
+    m = torch.tensor([[0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]).bool()
+    assert split_chunks(m, 3) == [(0, 3, False), (3, 6, True), (6, 7, False)]
+    assert split_chunks(m, 7) == split_chunks(m, 100) == [(0, 7, True)]
+    assert split_chunks(m[:1], 1) == [(i, i + 1, i == 4) for i in range(7)]
+    with pytest.raises(ValueError, match="rows disagree"):
+        split_chunks(m, 4)
+    for window in (0, -1):
+        with pytest.raises(ValueError):
+            split_chunks(m, window)
+
+
+@pytest.mark.parametrize(
+    "pattern, N, loop, want",
+    (
+        ("ADAD", 1, None, [[0, 1, 2, 3]]),
+        ("ADAD", 2, None, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+        ("ADA", 2, None, [[0, 1, 2], [0, 1]]),
+        ("DAA", 1, None, [[0]]),
+        ("ADAD", 3, (1, 3), [[0, 1, 2], [1, 2], [1, 2, 3]]),
+        ("ADADA", 2, (1, 3), [[0, 1, 2], [1, 2, 3]]),
+        ("DADA", 1, (1, 2), [[0, 1, 2]]),
+        ("DADA", 2, (2, 4), [[0, 1, 2, 3], [2]]),
+    ),
+)
+def test_sleep_passes(pattern, N, loop, want):
+    """A pass runs the wrong blocks: prelude or coda repeated, or dead blocks at the end computed."""
+    assert passes(pattern, N, loop) == want
+
+
+@pytest.mark.parametrize(
+    "pattern, N, loop",
+    (("AD", 0, None), ("AD", -1, None), ("AA", 1, None), ("ADA", 2, (0, 1)), ("AD", 2, (1, 1)), ("AD", 2, (0, 3))),
+)
+def test_sleep_passes_refuses(pattern, N, loop):
+    """A model that cannot sleep is trained all the same; also through Algorithm1."""
+    with pytest.raises(ValueError):
+        passes(pattern, N, loop)
+    with pytest.raises(ValueError):
+        Algorithm1(random_model(pattern), N, loop)
+
+
+# -----------------------------------------------------------------------------
+# data.py: the tasks
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("width, t, strings", ((24, 32, 4), (12, 4, 2), (5, 1, 3), (24, 0, 4), (62, 7, 1)))
+def test_data_rule110_against_a_cell_by_cell_loop(width, t, strings, split):
+    """The labels are not Rule 110 on a ring, or tokens, targets and mask are not where the docstring says."""
+    task = Rule110(width, t, strings)
+    x, y, m = task.batch(3, split, 5, 8)
+    assert x.shape == y.shape == m.shape == (8, task.T) and m.dtype == torch.bool
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    for row, target, scored in zip(x.tolist(), y.tolist(), m.tolist()):
+        labels = []
+        for i in range(strings):
+            cells = row[i * width : i * width + width]
+            assert set(cells) <= {0, 1}
+            for _ in range(t):
+                neighbours = [4 * cells[j - 1] + 2 * cells[j] + cells[(j + 1) % width] for j in range(width)]
+                cells = [110 >> n & 1 for n in neighbours]
+            labels.append(cells[0])
+        assert row[strings * width :] == [2, *labels[:-1]]
+        assert [a for a, s in zip(target, scored) if s] == labels
+        assert scored == [False] * strings * width + [True] * strings
+
+
+def parse_depo(task, x, y, m):
+    """One Depo row of T tokens, by reading it: its successor map, and its queries, each as (k, start, where, answer).
+
+    Tokens: 0..49 go on a name, 50..99 end it, then <query_1>.. <query_hops>, <answer>, <pad>. `where` are the positions
+    that predict the answer's name, `answer` its tokens. Asserts the grammar and the mask on the way.
+    """
+    x, y, m = x.tolist(), y.tolist(), m.tolist()
+    answer, pad = 100 + task.hops, 101 + task.hops
+    tokens = x + y[-1:]
+    assert x[1:] == y[:-1] and task.vocab_size == pad + 1
+
+    def name_at(i):
+        stop = i + 1 if tokens[i] >= 50 else i + 2
+        assert 50 <= tokens[stop - 1] < 100 and stop - i <= task.name_tokens
+        return tuple(tokens[i:stop]), stop
+
+    i, successor, queries, scored = 0, {}, [], set()
+    while tokens[i] == pad:
+        i += 1
+    while i < task.context:
+        source, i = name_at(i)
+        target, i = name_at(i)
+        assert source not in successor
+        successor[source] = target
+    assert i == task.context
+    while i <= task.T and tokens[i] != pad:
+        k = tokens[i] - 99
+        assert 1 <= k <= task.hops
+        start, i = name_at(i + 1)
+        assert tokens[i] == answer
+        name, stop = name_at(i + 1)
+        scored |= set(range(i - 1, stop - 1))  # the token before is the one that predicts
+        queries.append((k, start, list(range(i, stop - 1)), name))
+        i = stop
+    assert all(token == pad for token in tokens[i:])
+    assert scored == {p for p, s in enumerate(m) if s}
+    return successor, queries
+
+
+DEPO_SIZES = ((75, 16, 10, 2, 3), (8, 4, 8, 1, 8), (6, 6, 5, 2, 3), (50, 3, 2, 1, 20))
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("sizes", DEPO_SIZES, ids=str)
+def test_data_depo_by_walking_the_cycle_that_the_tokens_spell(sizes, split):
+    """An answer is not k steps after its start, the edges are no single cycle, or the mask misses an answer."""
+    task, lengths = Depo(*sizes), set()
+    x, y, m = task.batch(1, split, 2, 32)
+    assert x.shape == y.shape == m.shape == (32, task.T) and m.dtype == torch.bool
+    for row in zip(x, y, m):
+        successor, queries = parse_depo(task, *row)
+        node, seen = next(iter(successor)), set()
+        while node not in seen:
+            seen.add(node)
+            node = successor[node]
+        assert seen == set(successor) == set(successor.values())
+        lengths.add(len(seen))
+        assert len(queries) == min(task.queries, len(seen)) == len({start for _, start, _, _ in queries})
+        for k, node, _, name in queries:
+            for _ in range(k):
+                node = successor[node]
+            assert node == name
+    assert lengths <= set(range(task.min_nodes, task.nodes + 1)) if split == "train" else lengths == {task.nodes}
+    assert split != "train" or task.min_nodes == task.nodes or len(lengths) > 1
+
+
+TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Depo(8, 4, 8, 1, 8), Depo(9, 5, 6, 2, 3), Depo())
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
+def test_data_batch_is_a_function_of_seed_split_and_number(task):
+    """Resuming or prefetching would change the data, or two batches are the same."""
+    again = type(task)(*(getattr(task, size) for size in data.EXAMPLE_SIZES[task.name]))
+    first = task.batch(0, "train", 7, 16)
+    others = [(1, "train", 7, 16), (0, "val", 7, 16), (0, "test", 7, 16), (0, "train", 8, 16), (7, "train", 0, 16)]
+    for other in others:
+        assert not torch.equal(again.batch(*other)[0], first[0])
+    assert all(torch.equal(a, b) for a, b in zip(again.batch(0, "train", 7, 16), first))
+    with pytest.raises(ValueError):
+        task.batch(0, "training", 0, 4)
+
+
+def raw_problems(task, x, y, m):
+    """The problems of a batch, one for every hash of problem_hashes, as things that can be compared."""
+    if task.name == "rule110":
+        return [tuple(s) for row in x[:, : task.context].tolist() for s in np.reshape(row, (-1, task.width)).tolist()]
+    return [frozenset(parse_depo(task, *row)[0].items()) for row in zip(x, y, m)]
+
+
+@pytest.mark.parametrize("task", (Rule110(9, 1, 2), Depo(3, 2, 1, 1, 3)), ids=lambda task: task.name)
+def test_data_splits_share_no_problem(task):
+    """Test accuracy is memory. The problem spaces are so small that splits drawn independently would overlap."""
+    problems, hashes = {}, {}
+    for split in data.SPLITS:
+        batches = [task.batch(seed, split, s, 512) for seed in (0, 1) for s in range(3)]
+        problems[split] = [p for batch in batches for p in raw_problems(task, *batch)]
+        hashes[split] = np.concatenate([task.problem_hashes(batch[0]).ravel() for batch in batches]).tolist()
+    one_to_one = {(p, h) for split in data.SPLITS for p, h in zip(problems[split], hashes[split], strict=True)}
+    assert len(one_to_one) == len({p for p, _ in one_to_one}) == len({h for _, h in one_to_one})
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not set(problems[a]) & set(problems[b]) and not set(hashes[a]) & set(hashes[b])
+    assert len(set(problems["test"])) > 10 and len(set(problems["train"])) > 5 * len(set(problems["test"]))
+
+
+def test_data_rotated_listing_is_the_same_problem():
+    """The same cycle with its edges in another order would count as another problem and leak into the test split."""
+    task = Depo(8, 4, 2, 1, 8)
+    x = task.batch(0, "train", 0, 4)[0]
+    edges = x[:, : task.context].view(4, 8, 2)
+    other = torch.cat((edges.roll(3, 1).flatten(1), x[:, task.context :]), 1)
+    assert (task.problem_hashes(x) == task.problem_hashes(other)).all()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
+def test_data_score_losses_and_chance_against_slow_loops(task):
+    """Accuracy is counted wrongly: parts of names, <answer> tokens, the wrong difficulty, a floor that is no floor."""
+    x, y, m = task.batch(4, "train", 1, 64)
+    pred = torch.where(torch.rand(y.shape) < 0.75, y, random_ids(*y.shape, task.vocab_size))
+    ce = torch.rand(y.shape)
+    right, loss, scored_loss, labels, uniform = {}, {}, {}, {}, {}
+
+    def count(key, where, row, label, guess, scored):
+        right.setdefault(key, []).append(all(pred[row, p] == y[row, p] for p in where))
+        loss.setdefault(key, []).extend(float(ce[row, p]) for p in where)
+        scored_loss.setdefault(key, []).extend(float(ce[row, p]) for p in scored)
+        labels.setdefault(key, []).append(label)
+        uniform.setdefault(key, []).append(guess)
+
+    for row in range(64):
+        if task.name == "rule110":
+            where = range(task.context, task.T)
+            count(f"t={task.t} exact", where, row, tuple(y[row, where].tolist()), 0.5**task.strings, where)
+            for p in where:
+                count(f"t={task.t} bit", [p], row, int(y[row, p]), 0.5, [p])
+            continue
+        successor, queries = parse_depo(task, x[row], y[row], m[row])
+        for i, (k, _, where, name) in enumerate(queries):
+            for key in (f"hops {k}", f"first hops {k}")[: 2 if i == 0 else 1]:
+                count(key, where, row, name, 1 / len(successor), [where[0] - 1, *where])
+    scores, losses, chance = task.score(x, y, m, pred), task.losses(x, y, m, ce), task.chance(x, y, m)
+    assert scores.keys() == losses.keys() == chance.keys() and right.keys() == {k for k in scores if len(scores[k])}
+    for key in right:
+        assert scores[key].tolist() == right[key] and 0 < np.mean(scores[key]) or len(right[key]) < 20
+        assert losses[key]["loss"] == pytest.approx(np.mean(loss[key]), rel=1e-5)
+        if task.name == "depo":
+            assert losses[key]["scored_loss"] == pytest.approx(np.mean(scored_loss[key]), rel=1e-5)
+        assert chance[key]["uniform"] == pytest.approx(np.mean(uniform[key]))
+        commonest = max(labels[key].count(label) for label in labels[key])
+        if task.name == "rule110":  # always the commonest bit, also where all strings must be right
+            bit = max((0, 1), key=labels[f"t={task.t} bit"].count)
+            commonest = sum(set(np.atleast_1d(label)) == {bit} for label in labels[key])
+        assert chance[key]["majority"] == pytest.approx(commonest / len(labels[key]))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
+def test_data_scored_positions_lie_in_windows_that_every_row_answers(task):
+    """An answer would be asked for in a window that is slept over, or the rows disagree."""
+    m = task.batch(0, "train", 0, 32)[2]
+    window = next(w for w in range(task.T - task.context, task.context + 1) if task.context % w == 0)
+    chunks = split_chunks(m, window)
+    assert [c.predicts for c in chunks] == [c.start >= task.context for c in chunks]
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda: Rule110(width=2),
+        lambda: Rule110(width=63),
+        lambda: Rule110(t=-1),
+        lambda: Rule110(strings=0),
+        lambda: Depo(nodes=2, hops=1, queries=1),
+        lambda: Depo(nodes=51, name_tokens=1),
+        lambda: Depo(nodes=8, hops=9, queries=2),
+        lambda: Depo(nodes=8, hops=0, queries=2),
+        lambda: Depo(nodes=8, hops=2, queries=9),
+        lambda: Depo(min_nodes=2),
+        lambda: Depo(name_tokens=3),
+    ),
+)
+def test_data_refuses_sizes_that_make_no_sense(make):
+    """A task that cannot be asked is trained on."""
+    with pytest.raises(ValueError):
+        make()
+
+
+# -----------------------------------------------------------------------------
+# eval.py: how it is judged
+
+RULE110 = "--task rule110 --preset tiny --width 8 --strings 2 --t 1 --L 8 --N 2 --d-model 16 --n-head 2 --batch 8 "
+RULE110 += "--steps 20 --eval-every 5 --eval-n 16 --test-n 16 --log-every 1 --save-every 5 --device cpu --no-compile"
+DEPO = (
+    "--task depo --preset tiny --nodes 4 --hops 2 --queries 2 --name-tokens 2 --min-nodes 3 --L 8 --N 3 --d-model 16 "
+)
+DEPO += "--n-head 2 --batch 8 --steps 20 --eval-every 5 --eval-n 16 --test-n 16 --log-every 1 --save-every 5 "
+DEPO += "--device cpu --no-compile"
+
+
+def config_of(flags, *more):
+    return train.parse_config([*flags.split(), *map(str, more)])
+
+
+def call(main, monkeypatch, argv):
+    """Run a script's main in this process as from a shell; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, argv)])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def assert_one_line(text, *parts):
+    """An error message: one line, no traceback, and the parts that say what is wrong."""
+    assert len(text.strip().splitlines()) == 1 and "Traceback" not in text, text
+    assert all(part in text for part in parts), text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two steps per task: task -> directory."""
+    folder, flags = tmp_path_factory.mktemp("finished"), {"rule110": RULE110, "depo": DEPO}
+    for task in flags:
+        assert train.run(config_of(flags[task], "--steps", 2, "--out", folder / task)) == 0
+    return {task: folder / task for task in flags}
+
+
+@pytest.mark.parametrize("flags", (RULE110, DEPO), ids=("rule110", "depo"))
+def test_eval_leaves_training_untouched(flags):
+    """Evaluating in the middle of a run changes the run: weights, mode, random numbers or the next step."""
+    trainers = [train.Trainer(config_of(flags)) for _ in range(2)]
+    batches = train.Batches(trainers[0].task, trainers[0].config, 0, 1, "cpu")
+    config = trainers[0].config
+    for step in range(3):
+        for i, trainer in enumerate(trainers):
+            trainer.train_step(*batches.get(step))
+            model = trainer.model
+            if i == 0:
+                before = torch.get_rng_state(), np.random.get_state()[1].tolist(), model.training
+                weights = {name: p.clone() for name, p in model.state_dict().items()}
+                split = data.SPLITS[step]
+                rows = evaluation.evaluate(model, trainer.task, split, config.N, config.L, 12, 0, 5)["rows"]
+                assert rows
+                assert torch.equal(before[0], torch.get_rng_state()) and before[2] == model.training
+                assert before[1] == np.random.get_state()[1].tolist()
+                assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+                assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    a, b = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    trainers[0].model.eval()
+    evaluation.evaluate(trainers[0].model, trainers[0].task, "val", 1, config.L, 4, 0, 4)
+    assert not trainers[0].model.training
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
+def test_eval_perfect_predictions_score_1_beside_chance(task):
+    """A right answer does not count, a wrong one does, or a floor is missing."""
+    x, y, m = task.batch(0, "test", 0, 64)
+    ce = torch.rand(y.shape)
+    perfect, hopeless = (evaluation.summarise(task, x, y, m, p, ce)["rows"] for p in (y, (y + 1) % task.vocab_size))
+    assert perfect
+    for key, row in perfect.items():
+        assert row["accuracy"] == 1 and row["stderr"] == 0 and hopeless[key]["accuracy"] == 0
+        assert 0 < row["uniform"] < 1 and 0 < row["majority"] <= 1
+    assert evaluation.summarise(task, x, y, m, y, ce)["loss"] == pytest.approx(float(ce[m].mean()), rel=1e-5)
+
+
+def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
+    """What is scored is not what the model says: batches cut or shifted, predictions in the wrong columns."""
+    model, task, config, step = evaluation.load_run(str(finished["depo"]), "cpu")
+    assert step == 2
+    x, y, m, pred, ce = evaluation.predict(model, task, "test", 2, config["L"], 20, 3, 8)
+    assert x.shape == pred.shape == (20, task.T)
+    assert torch.equal(x[8:16], task.batch(3, "test", 1, 8)[0])
+    logits = Algorithm1(model, 2).logits(x, split_chunks(m, config["L"]))[0]
+    asked = m[:, task.context :]
+    assert torch.equal(pred[:, task.context :], logits.argmax(-1)) and (pred[:, : task.context] == -1).all()
+    want = torch.nn.functional.cross_entropy(logits[asked], y[:, task.context :][asked], reduction="none")
+    assert error(ce[m], want) <= 1e-5 and (ce[~m] == 0).all()
+
+
+def test_eval_command_reports_runs(finished, tmp_path, monkeypatch, capsys):
+    """The command of the README fails on a run that train.py made, or prints no table, JSON or figure."""
+    for task, key in (("rule110", "t=1 exact"), ("depo", "hops 2")):
+        out = tmp_path / f"{task}.json"
+        assert call(evaluation.main, monkeypatch, [finished[task], "--n", 16, "--N", 1, "--json", out]) == 0
+        assert f"| {key} |" in capsys.readouterr().out
+        (run,) = json.loads(out.read_text())["runs"]
+        assert run["evaluated_N"] == 1 and {"accuracy", "n", "stderr", "uniform", "majority"} <= run["rows"][key].keys()
+
+
+def test_eval_command_draws(finished, tmp_path, monkeypatch):
+    """--plot fails, or leaves no PNG."""
+    pytest.importorskip("matplotlib")
+    assert call(evaluation.main, monkeypatch, [finished["depo"], "--n", 16, "--plot", tmp_path / "depo.png"]) == 0
+    assert (tmp_path / "depo.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Malice:
+    """A pickle that runs code where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def spoiled(kind, good, folder):
+    """Write a checkpoint that must be refused; returns its path."""
+    path, whole = folder / "ckpt.pt", (good / "ckpt.pt").read_bytes()
+    saved = torch.load(good / "ckpt.pt", weights_only=True)
+    if kind.startswith("truncated"):
+        path.write_bytes(whole[: len(whole) * int(kind.split()[1]) // 100])
+    elif kind == "flipped bytes":
+        path.write_bytes(whole[:100] + bytes(200) + whole[300:])
+    elif kind == "text":
+        path.write_text("this is no checkpoint\n")
+    elif kind == "code":
+        torch.save(saved | {"extra": Malice(folder / "executed")}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Malice(folder / "executed")))
+    elif kind == "another shape":
+        torch.save(saved | {"config": saved["config"] | {"d_model": 32}}, path)
+    elif kind == "fewer layers":
+        torch.save(saved | {"config": saved["config"] | {"pattern": "D"}}, path)
+    elif kind == "another task":
+        torch.save(saved | {"config": saved["config"] | {"task": "chess"}}, path)
+    elif kind == "not ours":
+        torch.save({"weight": torch.randn(3)}, path)
+    elif kind == "a list":
+        torch.save([torch.randn(3)], path)
+    elif kind == "no L":
+        torch.save(saved | {"config": {k: v for k, v in saved["config"].items() if k != "L"}}, path)
+    elif kind == "NaN":
+        saved["model"]["norm.weight"][0] = torch.nan
+        torch.save(saved, path)
+    return path
+
+
+SPOILED = "truncated 0,truncated 5,truncated 50,truncated 99,flipped bytes,text,code,pickle,another shape,fewer layers"
+SPOILED += ",another task,not ours,a list,no L,NaN,missing"
+
+
+@pytest.mark.parametrize("kind", SPOILED.split(","))
+def test_eval_refuses_spoiled_checkpoints_in_one_line(kind, finished, tmp_path, monkeypatch, capsys):
+    """A damaged, foreign or missing checkpoint gives a traceback, a result, or runs the code that it holds."""
+    path = spoiled(kind, finished["rule110"], tmp_path)
+    capsys.readouterr()
+    assert call(evaluation.main, monkeypatch, [path, "--n", 8]) == 2
+    said = capsys.readouterr()
+    assert_one_line(said.err, "ckpt.pt")
+    assert not said.out and not (tmp_path / "executed").exists()
+
+
+# -----------------------------------------------------------------------------
+# train.py: how it learns
+
+
+def files_below(folder):
+    """Everything below a folder: path -> content, None for a directory."""
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def read_log(out, kind="train"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if line["kind"] == kind]
+
+
+def after_step(monkeypatch, step, action):
+    """Do something right after a training step, before anything is logged or saved."""
+    original = train.Trainer.train_step
+
+    def train_step(trainer, *batch):
+        out = original(trainer, *batch)
+        if trainer.step == step:
+            action(trainer)
+        return out
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+
+
+def assert_resumes_exactly(flags, folder, monkeypatch):
+    """20 steps, and 20 steps that SIGTERM interrupts after the 10th and --resume finishes, end in the same bits."""
+    assert train.run(config_of(flags, "--out", folder / "whole")) == 0
+    with monkeypatch.context() as patch:
+        after_step(patch, 10, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.run(config_of(flags, "--out", folder / "halves")) == 128 + signal.SIGTERM
+    assert torch.load(folder / "halves" / "ckpt.pt", weights_only=True)["step"] == 10
+    assert len(read_log(folder / "halves")) == 10 and not (folder / "halves" / "result.json").exists()
+    torch.randn(7)  # the random state of this process is not the one of the run
+    assert train.run(config_of(flags, "--out", folder / "halves", "--resume")) == 0
+    whole, halves = (torch.load(folder / name / "ckpt.pt", weights_only=True) for name in ("whole", "halves"))
+    assert whole["step"] == halves["step"] == 20
+    for part in ("model", "muon", "adamw", "rng", "tokens"):
+        a, b = tree_leaves(whole[part]), tree_leaves(halves[part])
+        assert len(a) == len(b) > 0
+        assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b)), part
+    for kind in ("train", "val"):
+        assert read_log(folder / "whole", kind) == read_log(folder / "halves", kind) != []
+    tests = [json.loads((folder / name / "result.json").read_text())["test"] for name in ("whole", "halves")]
+    assert json.dumps(tests[0]) == json.dumps(tests[1])
+
+
+@pytest.mark.parametrize("flags", (RULE110, DEPO + " --accumulate 2 --checkpoint"), ids=("rule110", "depo"))
+def test_train_resumed_run_is_the_uninterrupted_run(flags, tmp_path, monkeypatch):
+    """A checkpoint misses something: optimizer state, step, data position, random state."""
+    assert_resumes_exactly(flags, tmp_path, monkeypatch)
+
+
+def test_train_resumed_run_is_the_uninterrupted_run_compiled(tmp_path, monkeypatch, capsys):
+    """The same, with compiled blocks: a compiled run saves other names or continues with other code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = RULE110.replace("--no-compile", "--compile").replace("--L 8", "--L 16")
+    try:
+        assert_resumes_exactly(flags, tmp_path, monkeypatch)
+        if "cannot compile" in capsys.readouterr().err:
+            pytest.skip("no compiler on this machine")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        saved = torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
+        assert saved["model"].keys() == train.Trainer(config_of(RULE110)).model.state_dict().keys()
+    finally:
+        torch._dynamo.reset()
+        torch.compiler.set_stance("default")
+
+
+BAD_FLAGS = {
+    "unknown flag": ("--learning-rate 1", "--learning-rate"),
+    "abbreviated flag": ("--node 8", "--node"),
+    "no number": ("--N two", "--N"),
+    "N=0": ("--N 0", "N"),
+    "negative N": ("--N -1", "N"),
+    "window that does not divide": ("--L 7", "--L 7"),
+    "window too short for the questions": ("--L 2", ""),
+    "hops above nodes": ("--hops 5", "hops"),
+    "two nodes": ("--nodes 2", "--nodes"),
+    "more queries than nodes": ("--queries 5", "--queries"),
+    "size of another task": ("--width 12", "--width"),
+    "another task's name": ("--task chess", "--task"),
+    "loop that is no range": ("--loop nonsense", "--loop"),
+    "loop out of range": ("--loop 0:9", "0:9"),
+    "loop without a delta block": ("--loop 0:1", "0:1"),
+    "pattern": ("--pattern AXA", "AXA"),
+    "pattern that cannot sleep": ("--pattern AA", "AA"),
+    "width of the model": ("--d-model 30 --n-head 4", "30"),
+    "heads": ("--n-kv-head -1", "n"),
+    "convolution without taps": ("--conv 0", "conv"),
+    "negative MLP": ("--d-mlp -5", "mlp"),
+    "batch that cannot be split": ("--accumulate 3", "--accumulate"),
+    "no batch": ("--batch 0", "--batch"),
+    "no steps": ("--steps 0", "--steps"),
+    "learning rate": ("--muon-lr nan", "--muon-lr"),
+    "schedule": ("--warmup 0.9 --decay 0.9", "--warmup"),
+    "negative seed": ("--seed -1", ""),
+    "device that is not there": ("--device mps" if not torch.backends.mps.is_available() else "--device x", "--device"),
+    "existing run": ("--out {finished}", "--resume"),
+    "resume nothing": ("--out {tmp}/none --resume", "none"),
+    "resume other nodes": ("--out {finished} --resume --steps 2 --nodes 6 --L 12", "nodes"),
+    "resume other N": ("--out {finished} --resume --steps 2 --N 1", "N"),
+    "unwritable": ("--out {tmp}/file/run", "file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_train_refuses_bad_flags_in_one_line(case, finished, tmp_path, monkeypatch, capsys):
+    """A wrong flag gives a traceback, the wrong exit status, a half-made run directory, or damages an old run."""
+    flags, part = BAD_FLAGS[case]
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    before = files_below(tmp_path), files_below(finished["depo"])
+    argv = f"{DEPO} {flags}".format(finished=finished["depo"], tmp=tmp_path).split()
+    capsys.readouterr()
+    assert call(train.main, monkeypatch, argv) == 2
+    assert_one_line(capsys.readouterr().err, part)
+    assert (files_below(tmp_path), files_below(finished["depo"])) == before
+
+
+def test_train_stops_on_nan_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    """A diverged run goes on, overwrites the checkpoint with NaN, or does not say where it happened."""
+    kept = {}
+
+    def poison(trainer):
+        trainer.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+        kept["bytes"] = (tmp_path / "run" / "ckpt.pt").read_bytes()
+
+    after_step(monkeypatch, 6, poison)
+    argv = [*RULE110.split(), "--log-every", 100, "--eval-every", 100, "--out", tmp_path / "run"]
+    assert call(train.main, monkeypatch, argv) == 2
+    assert_one_line(capsys.readouterr().err, "step 7")
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == kept["bytes"]
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 5
+
+
+@pytest.mark.parametrize("moment", (10, 20), ids=("when saving", "in the last step"))
+def test_train_never_saves_weights_that_are_not_finite(moment, tmp_path, monkeypatch, capsys):
+    """A step whose loss is finite and whose update is not ends up in the checkpoint, and the last good one is gone."""
+
+    def poison(trainer):
+        trainer.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
+
+    after_step(monkeypatch, moment, poison)
+    assert call(train.main, monkeypatch, [*RULE110.split(), "--eval-every", 100, "--out", tmp_path / "run"]) == 2
+    assert_one_line(capsys.readouterr().err, f"step {moment}")
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == moment - 5
+
+
+def test_train_goes_on_without_git(tmp_path, monkeypatch):
+    """The commit is noted where git is there; where it is not, nothing can be trained."""
+    monkeypatch.setenv("PATH", "")
+    assert call(train.main, monkeypatch, [*RULE110.split(), "--steps", 1, "--out", tmp_path / "run"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] == "unknown"
+
+
+def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
+    """A mean of means: rows with fewer questions, or shorter names, weigh more when they share a small micro-batch."""
+    found, per_row = [], None
+    for accumulate in (1, 4):
+        trainer = train.Trainer(config_of(DEPO, "--accumulate", accumulate))
+        micro, count = train.Batches(trainer.task, trainer.config, 0, 1, "cpu").get(0)
+        assert len(micro) == accumulate
+        per_row = torch.cat([m.sum(1) for _, _, m, _ in micro])
+        assert int(per_row.sum()) == count
+        out = trainer.forward_backward(micro, count)
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        found.append(gradients | {name: out[name] for name in ("loss", "accuracy")})
+    assert len({int(part.sum()) for part in per_row.chunk(4)}) > 1  # else this test could not fail
+    assert_same(found[1], found[0], 1e-5)
+
+
+def shell(*argv):
+    """Run python with these arguments in the repository, as a user would; returns what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, argv)]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_train_two_processes_are_one(tmp_path):
+    """Under torchrun the ranks see the wrong rows, or gradients and losses are averaged with the wrong weights."""
+    flags = [*DEPO.split(), "--eval-every", 10]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    shell(*launcher, "train.py", *flags, "--out", tmp_path / "two")
+    assert train.run(config_of(DEPO, "--eval-every", 10, "--out", tmp_path / "one")) == 0
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 21))
+    for step, tolerance in ((1, 1e-5), (20, 1e-3)):
+        for name in ("loss", "accuracy", "grad_norm"):
+            assert two[step - 1][name] == pytest.approx(one[step - 1][name], rel=tolerance), (step, name)
+
+
+def test_train_learns(tmp_path):
+    """Nothing is learnt through sleep: test accuracy is no better than chance."""
+    flags = (
+        "--task rule110 --preset tiny --width 10 --strings 2 --t 1 --L 10 --N 2 --pattern AD --d-model 32 --n-head 2 "
+    )
+    flags += "--batch 64 --steps 300 --eval-every 300 --test-n 512 --device cpu --no-compile"
+    shell("train.py", *flags.split(), "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    row = result["test"]["rows"]["t=1 exact"]
+    assert row["accuracy"] >= 0.8 and max(row["uniform"], row["majority"]) <= 0.5
+
+
+# -----------------------------------------------------------------------------
+# the repository
+
+ROOMS = {
+    "data": set(),
+    "kernels": set(),
+    "model": {"kernels"},
+    "sleep": {"model"},
+    "eval": {"data", "model", "sleep"},
+    "train": {"data", "kernels", "model", "sleep", "eval"},
+}
+
+
+def imports_of(room, everywhere):
+    """Top-level names of the packages that a file imports: at its start, or everywhere, in its functions too."""
+    tree = ast.parse((HERE / f"{room}.py").read_text())
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_repository_import_order_is_the_reading_order(room):
+    """A file imports one that is read after it, or needs a package that requirements.txt does not promise."""
+    assert imports_of(room, everywhere=True) & ({*ROOMS, "test_all"} - {room}) <= ROOMS[room]
+    foreign = imports_of(room, everywhere=False) - set(sys.stdlib_module_names) - set(ROOMS)
+    assert foreign <= {"torch", "numpy", "tqdm", "triton"}
+    if room in ("kernels", "model", "sleep"):
+        assert foreign <= {"torch", "triton"}
+
+
+def test_repository_holds_no_other_python_file():
+    """A file was added that the reading order does not know."""
+    assert {p.name for p in HERE.glob("*.py")} == {f"{room}.py" for room in ROOMS} | {"test_all.py"}
+    assert not list(HERE.glob("*/__init__.py"))
+
+
+def test_repository_model_never_mentions_sleep():
+    """The model knows about sleep: what survives an eviction is no longer the caller's decision alone."""
+    tokens = tokenize.generate_tokens(io.StringIO((HERE / "model.py").read_text()).readline)
+    assert [t.string for t in tokens if t.type == tokenize.NAME and "sleep" in t.string.lower()] == []
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "test_all"])
+def test_repository_files_say_what_they_are(room):
+    """A file has no docstring, a line is longer than 120 characters, or a choice is not marked so that it can be found."""
+    text = (HERE / f"{room}.py").read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert max(map(len, text.splitlines())) <= 120

@@ -1,0 +1,564 @@
+"""Train a sleeping model on one of the tasks.
+
+    python train.py --task depo --N 4                    a preset that fits the machine; results in out/depo-N4-s0
+    python train.py --task depo --N 4 --resume           go on exactly where that run stopped
+    python train.py --task rule110 --preset paper        the paper's sizes
+    torchrun --standalone --nproc_per_node=2 train.py --task depo --N 4
+
+The step is Algorithm 1 of arXiv:2605.26099 (sleep.py), summed over the batch and divided by the number of scored
+tokens; Muon for the matrices of the blocks, AdamW for the rest (section 2). A run directory holds config.json (what
+ran, where, which commit), log.jsonl (curves), ckpt.pt (to resume, and for eval.py) and result.json (the test scores).
+
+Read next: test_all.py
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import EXAMPLE_SIZES, TASKS, Parser
+from eval import build_task, evaluate, markdown_table, model_config, parse_loop, pick_device, read_checkpoint
+from model import Model
+from sleep import Algorithm1, scored_part, split_chunks
+
+# -----------------------------------------------------------------------------
+# what can be set
+
+
+def flag(default, text):
+    """A Config field with its --help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Everything that defines a run; every field is a flag. None: the preset decides, or the task does not have it."""
+
+    task: str = flag("depo", "rule110 or depo")
+    preset: str = flag("auto", "paper, small (one GPU, half an hour), tiny (laptop CPU, minutes); auto picks by device")
+    N: int = flag(4, "sleep passes over a window before it is evicted; 1 is the ordinary hybrid")
+    seed: int = flag(0, "of weights and data; runs with different N and one seed see the same batches")
+    L: int = flag(None, "window in tokens; must divide the task's context")
+    # the task
+    width: int = flag(None, "rule110: bits per string")
+    t: int = flag(None, "rule110: steps of the automaton")
+    strings: int = flag(None, "rule110: strings per problem")
+    nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
+    hops: int = flag(None, "depo: questions ask for the 1st to hops-th successor")
+    queries: int = flag(None, "depo: questions per problem")
+    name_tokens: int = flag(None, "depo: longest node name in tokens, 1 or 2")
+    min_nodes: int = flag(None, "depo: shortest cycle in training")
+    # the model
+    pattern: str = flag(None, "mixer per block: A attention, D delta; for example ADAD")
+    d_model: int = flag(None, "width of the features")
+    n_head: int = flag(None, "heads of both mixers")
+    n_kv_head: int = flag(None, "key and value heads of attention (default n_head)")
+    d_mlp: int = flag(0, "width of the MLP (default 8/3 d_model)")
+    conv: int = flag(4, "taps of the short convolution")
+    rope_theta: float = flag(10000.0, "base of the rotary positions")
+    loop: str = flag(None, "blocks that are looped while asleep, first:last+1 (default all)")
+    # the optimisation
+    batch: int = flag(None, "sequences per step, over all ranks and micro-batches")
+    accumulate: int = flag(1, "micro-batches per step")
+    steps: int = flag(None, "optimizer steps; the schedule is a function of step/steps")
+    muon_lr: float = flag(None, "learning rate of the block matrices")
+    adam_lr: float = flag(None, "learning rate of everything else")
+    weight_decay: float = flag(1e-4, "decoupled, on matrices only")
+    clip: float = flag(1.0, "largest gradient norm")
+    warmup: float = flag(0.02, "fraction of steps with rising learning rate")
+    decay: float = flag(0.2, "fraction of steps with falling learning rate, at the end")
+    checkpoint: bool = flag(False, "recompute activations of sleeping passes in the backward (less memory)")
+    # the run
+    minutes: float = flag(None, "stop early after this much training time; --resume goes on")
+    eval_every: int = flag(None, "steps between evaluations on held-out validation problems")
+    eval_n: int = flag(512, "problems per validation")
+    test_n: int = flag(2048, "problems of the final test")
+    log_every: int = flag(10, "steps between lines of log.jsonl")
+    save_every: int = flag(500, "steps between checkpoints")
+    device: str = flag("auto", "cpu, cuda, mps or auto")
+    compile: bool = flag(True, "compile the blocks; --no-compile for eager")
+    threads: int = flag(1, "CPU threads; small models are slower with two")
+    out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
+    resume: bool = flag(False, "go on from the checkpoint in the run directory")
+
+
+# a resumed run may change these without changing what is learnt
+FREE = {"minutes", "device", "threads", "resume", "compile", "save_every", "out"}
+
+PRESETS = {
+    "rule110": {
+        "paper": dict(width=24, t=32, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=98_600,
+                      muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
+        "small": dict(width=24, t=12, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=20_000,
+                      muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
+        "tiny": dict(width=12, t=4, strings=2, L=12, pattern="AD", d_model=64, n_head=2, batch=64, steps=2000,
+                     muon_lr=0.01, adam_lr=1e-3, eval_every=200),
+    },
+    "depo": {
+        "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
+                      d_model=512, n_head=8, batch=128, steps=138_000, muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
+        "small": dict(nodes=24, hops=8, queries=8, name_tokens=1, min_nodes=3, L=24, pattern="ADAD",
+                      d_model=256, n_head=4, batch=128, steps=20_000, muon_lr=5e-3, adam_lr=5e-4, eval_every=500),
+        "tiny": dict(nodes=8, hops=4, queries=8, name_tokens=1, min_nodes=8, L=16, pattern="AD", d_model=64, n_head=2,
+                     batch=64, steps=3000, muon_lr=0.01, adam_lr=1e-3, eval_every=200),
+    },
+}  # fmt: skip
+
+
+def parse_config(argv):
+    """Command line -> Config with everything resolved. Raises ValueError for contradictions."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        text += "" if f.default is None or isinstance(f.default, bool) else f" (default {f.default})"
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            choices = {"task": TASKS, "preset": ("auto", "paper", "small", "tiny")}.get(f.name)
+            choices = ("auto", "cpu", "cuda", "mps") if f.name == "device" else choices
+            parser.add_argument(name, type=f.type, choices=choices, help=text)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    config = Config(**given)
+    config.device = pick_device(config.device)
+    if config.preset == "auto":
+        config.preset = "small" if config.device == "cuda" else "tiny"
+    for name, value in PRESETS[config.task][config.preset].items():
+        if name not in given:
+            setattr(config, name, value)
+    config.n_kv_head = config.n_kv_head or config.n_head
+    config.out = config.out or f"out/{config.task}-N{config.N}-s{config.seed}"
+    check(config, given)
+    return config
+
+
+def check(config, given):
+    """Refuse what cannot work before anything is written. Raises ValueError with one clear line."""
+    for task, sizes in EXAMPLE_SIZES.items():
+        wrong = [s for s in sizes if s in given and task != config.task]
+        if wrong:
+            raise ValueError(f"--{wrong[0].replace('_', '-')} is not a size of the task {config.task}")
+    counts = "N L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
+    for name in counts.split():
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name in "muon_lr adam_lr clip".split():
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {getattr(config, name)}")
+    if config.warmup < 0 or config.decay < 0 or config.warmup + config.decay > 1:
+        raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch % (config.accumulate * ranks):
+        raise ValueError(
+            f"--batch {config.batch} must be a multiple of --accumulate x ranks, {config.accumulate} x {ranks}"
+        )
+    task = build_task(dataclasses.asdict(config))
+    if task.context % config.L:
+        raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
+    split_chunks(task.batch(config.seed, "train", 0, config.batch)[2], config.L)
+    with torch.device("meta"):
+        Algorithm1(Model(model_config(dataclasses.asdict(config), task)), config.N, parse_loop(config.loop))
+
+
+# -----------------------------------------------------------------------------
+# the parts of a step
+
+
+def make_optimizers(model, config):
+    """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw]."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        # not in the paper: the one-number-per-head gates and the convolutions are not matrices in Muon's sense
+        is_matrix = name.startswith("layers.") and p.ndim == 2 and "_proj.weight" in name
+        is_gate = name.endswith(("a_proj.weight", "b_proj.weight"))
+        (matrices if is_matrix and not is_gate else others).append(p)
+    decayed, plain = [p for p in others if p.ndim > 1], [p for p in others if p.ndim < 2]
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
+    adamw = torch.optim.AdamW(groups, lr=config.adam_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    return [muon, adamw]
+
+
+def schedule(step, config):
+    """Warm-up, stable, linear decay: the factor on both learning rates for step 0..steps-1."""
+    rising = (step + 1) / max(1, config.warmup * config.steps)
+    falling = (config.steps - step) / max(1, config.decay * config.steps)
+    return min(1.0, rising, falling)
+
+
+class Batches:
+    """The training batches from some step on, one prefetched by a thread; with several ranks, this rank's rows.
+
+    Each item is (micro-batches, count): lists of (x, y, m, chunks), and the scored tokens of the whole global batch.
+    """
+
+    def __init__(self, task, config, rank, ranks, device):
+        self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, device
+        self.pool, self.next = ThreadPoolExecutor(1), {}
+
+    def _make(self, step):
+        tensors = self.task.batch(self.config.seed, "train", step, self.config.batch)
+        count = int(tensors[2].sum())
+        rows = self.config.batch // self.ranks
+        mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
+        return [(x, y, m, split_chunks(m, self.config.L)) for x, y, m in zip(*mine)], count
+
+    def get(self, step):
+        """The batch of one step, on the device; the next one starts being made."""
+        future = self.next.pop(step, None) or self.pool.submit(self._make, step)
+        self.next = {step + 1: self.pool.submit(self._make, step + 1)}
+        micro, count = future.result()
+        return [(*(a.to(self.device, non_blocking=True) for a in b[:3]), b[3]) for b in micro], count
+
+
+class Trainer:
+    """Model, optimizers and counters: everything a checkpoint holds, and the training step."""
+
+    def __init__(self, config, rank=0, ranks=1):
+        self.config, self.rank, self.ranks = config, rank, ranks
+        self.task = build_task(dataclasses.asdict(config))
+        torch.manual_seed(config.seed)
+        self.model = Model(model_config(dataclasses.asdict(config), self.task)).to(config.device)
+        self.optimizers = make_optimizers(self.model, config)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        algorithm = Algorithm1(self.model, config.N, parse_loop(config.loop), config.checkpoint)
+        self.algorithm = DistributedDataParallel(algorithm) if ranks > 1 else algorithm
+        if config.compile:
+            self.model.compile_blocks()
+
+    def forward_backward(self, micro, count):
+        """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch."""
+        total, stats = 0, {}
+        for i, (x, y, m, chunks) in enumerate(micro):
+            last = i == len(micro) - 1
+            quiet = self.algorithm.no_sync() if self.ranks > 1 and not last else contextlib.nullcontext()
+            # every rank divides by the global count; DDP averages over ranks, so undo that
+            with quiet, torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+                loss, pred, stats = self.algorithm(x, y, m, chunks)
+                (loss * (self.ranks / count)).backward()
+            right = ((pred == scored_part(y, chunks)) & scored_part(m, chunks)).sum()
+            total = total + torch.stack((loss.detach(), right)) / count
+        if self.ranks > 1:
+            dist.all_reduce(total)
+        return {"loss": total[0], "accuracy": total[1], **stats}
+
+    def train_step(self, micro, count):
+        """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm): no host sync here."""
+        out = self.forward_backward(micro, count)
+        out["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        for optimizer, lr in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(self.step, self.config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += self.config.batch * self.task.T
+        return out
+
+    def first_step(self, micro, count):
+        """train_step, but if the machine cannot compile (no C++ compiler, no Python headers), go on eagerly."""
+        try:
+            return self.train_step(micro, count)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            print(f"cannot compile here, training goes on eagerly and slower ({reason})", file=sys.stderr)
+            torch.compiler.set_stance("force_eager")
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            return self.train_step(micro, count)
+
+    def save(self, path):
+        """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole. Rank 0 only."""
+        if self.rank:
+            return
+        tensors = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
+        tensors |= {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
+        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        temporary = path + ".tmp"
+        try:
+            torch.save({"format": 1, "config": dataclasses.asdict(self.config)} | counters | tensors, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise ValueError(f"cannot write {path} ({error}): free some space or choose another --out") from None
+
+    def load(self, path):
+        """Continue from a checkpoint of the same run. Raises ValueError if it is missing, damaged or foreign."""
+        saved = read_checkpoint(path, self.config.device)
+        for name, value in dataclasses.asdict(self.config).items():
+            if name not in FREE and saved["config"].get(name) != value:
+                was = saved["config"].get(name)
+                raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use the flags of that run")
+        self.model.load_state_dict(saved["model"])
+        self.optimizers[0].load_state_dict(saved["muon"])
+        self.optimizers[1].load_state_dict(saved["adamw"])
+        torch.set_rng_state(saved["rng"].cpu())
+        self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+
+class Log:
+    """log.jsonl and the progress bar; only rank 0 has one that writes."""
+
+    def __init__(self, config, trainer, active):
+        self.active, self.trainer, self.pending = active, trainer, []
+        self.path = os.path.join(config.out, "log.jsonl")
+        if active:
+            self._drop_lines_after(trainer.step)
+        quiet = not active or not sys.stderr.isatty()
+        self.bar = tqdm(total=config.steps, initial=trainer.step, disable=quiet, dynamic_ncols=True, smoothing=0.1)
+
+    def _drop_lines_after(self, step):
+        # a killed run may have logged past its last checkpoint: those steps are about to be logged again
+        lines = open(self.path).readlines() if os.path.exists(self.path) else []
+        with open(self.path, "w") as f:
+            f.writelines(line for line in lines if json.loads(line)["step"] <= step)
+
+    def add(self, out):
+        """Remember one step's device scalars; nothing is read from the device yet."""
+        self.pending.append((self.trainer.step, out))
+        self.bar.update()
+
+    def flush(self):
+        """Read the pending scalars (the only host synchronisation), stop on NaN, write a line for the last step."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][1])
+        rows = torch.stack([torch.stack([out[name].float() for name in names]) for _, out in self.pending]).tolist()
+        for (step, _), row in zip(self.pending, rows):
+            values = dict(zip(names, row))
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise NonFinite(step, values)
+        self.pending = []
+        trainer = self.trainer
+        speed = trainer.tokens / max(trainer.seconds, 1e-9)
+        line = {"kind": "train", "step": trainer.step, "tokens": trainer.tokens, "seconds": trainer.seconds}
+        line |= values | {"lr": schedule(trainer.step - 1, trainer.config) * trainer.config.muon_lr}
+        self.write(line)
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f} acc {values['accuracy']:.3f} {speed:,.0f} tok/s")
+
+    def write(self, line):
+        """Append one JSON line."""
+        if self.active:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+
+class NonFinite(Exception):
+    """The loss or the gradient became NaN or infinite at a step."""
+
+    def __init__(self, step, values):
+        bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
+        super().__init__(f"training diverged at step {step} ({bad})")
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second one kills."""
+
+    def __enter__(self):
+        self.signum = None
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, signum, frame):
+        self.signum = signum
+        self._restore()
+
+    def _restore(self):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *exc):
+        self._restore()
+
+    def seen_by_any_rank(self, device):
+        """The signal number, or 0. With several ranks all of them must leave the loop at the same step."""
+        signum = self.signum or 0
+        if dist.is_initialized():
+            signum = torch.tensor(signum, device=device)
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+def train_loop(trainer, log, interrupts):
+    """Train to the last step. Returns what stopped it: "finished", "minutes", or a signal number."""
+    config, reason = trainer.config, None
+    batches = Batches(trainer.task, config, trainer.rank, trainer.ranks, config.device)
+    step_fn = trainer.first_step
+    started = time.perf_counter()
+    while trainer.step < config.steps and not reason:
+        log.add(step_fn(*batches.get(trainer.step)))
+        step_fn = trainer.train_step
+        reason = interrupts.seen_by_any_rank(config.device)
+        if not reason and config.minutes and trainer.seconds + time.perf_counter() - started > 60 * config.minutes:
+            reason = "minutes"
+        last = reason or trainer.step == config.steps
+        evaluating, saving = (trainer.step % n == 0 for n in (config.eval_every, config.save_every))
+        if last or evaluating or saving or trainer.step % config.log_every == 0:
+            trainer.seconds += time.perf_counter() - started  # evaluating and saving are not training time
+            log.flush()
+            if evaluating:
+                validate(trainer, log)
+            if last or saving:
+                trainer.save(os.path.join(config.out, "ckpt.pt"))
+            started = time.perf_counter()
+    return reason or "finished"
+
+
+def scores(trainer, split, n):
+    """eval.evaluate with this run's task, N and window."""
+    config = trainer.config
+    return evaluate(
+        trainer.model, trainer.task, split, config.N, config.L, n, config.seed, config.batch, parse_loop(config.loop)
+    )
+
+
+def validate(trainer, log):
+    """Score held-out validation problems and log them; only rank 0 does."""
+    if log.active:
+        counters = {"step": trainer.step, "tokens": trainer.tokens, "seconds": trainer.seconds}
+        log.write({"kind": "val"} | counters | {"scores": scores(trainer, "val", trainer.config.eval_n)})
+
+
+def provenance(trainer):
+    """What ran where: for config.json and result.json."""
+    config = trainer.config
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=sys.path[0])
+    device = torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} {config.device}"
+    return {
+        "config": dataclasses.asdict(config),
+        "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "unknown",
+        "device": device,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "n_params": trainer.model.n_params(),
+    }
+
+
+def peak_memory(device):
+    """Peak memory of this process in MiB: of the GPU if there is one, else resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def write_json(path, content):
+    """Write JSON under a temporary name, then rename."""
+    with open(path + ".tmp", "w") as f:
+        json.dump(content, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def open_run(config, trainer):
+    """Make the run directory, or continue in it. Raises ValueError if it cannot be written or is not ours to write."""
+    checkpoint = os.path.join(config.out, "ckpt.pt")
+    try:
+        if config.resume:
+            trainer.load(checkpoint)
+        elif trainer.rank == 0:
+            os.makedirs(config.out)
+            write_json(os.path.join(config.out, "config.json"), provenance(trainer))
+    except FileExistsError:
+        raise ValueError(f"{config.out} exists: add --resume to go on, or choose another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {config.out} ({error}): choose another --out") from None
+
+
+def finish(trainer, log):
+    """Score the test split once, print the table, write result.json."""
+    config = trainer.config
+    test = scores(trainer, "test", config.test_n)
+    result = provenance(trainer) | {"step": trainer.step, "tokens": trainer.tokens, "seconds": trainer.seconds}
+    result |= {"peak_memory_mib": peak_memory(config.device), "test": test}
+    write_json(os.path.join(config.out, "result.json"), result)
+    log.bar.close()
+    print(f"\n{config.test_n} problems never seen in training:\n")
+    print(markdown_table(test["rows"]))
+    print(f"\ntraining time: {trainer.seconds / 60:.1f} min ({1000 * trainer.seconds / trainer.step:.0f} ms per step)")
+    print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
+    print(f"next:          python eval.py {config.out}")
+
+
+def announce(trainer):
+    """Say what is about to run."""
+    config = trainer.config
+    device = torch.cuda.get_device_name() if config.device == "cuda" else f"{config.device}, {config.threads} thread(s)"
+    print(
+        f"device {device}; preset {config.preset}; {trainer.model.n_params():,} parameters; run directory {config.out}"
+    )
+    shown = {
+        k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
+    }
+    print(", ".join(f"{k}={v}" for k, v in shown.items()))
+    task = trainer.task
+    print(f"{task.name}: {task.context} tokens in {task.context // config.L} windows of {config.L}, each slept over "
+          f"{config.N} times; then {task.T - task.context} tokens in one pass", flush=True)  # fmt: skip
+
+
+def run(config):
+    """Train one configuration in this process. Returns the exit status. Raises ValueError for what the user can mend."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+    torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(config, rank, ranks)
+    open_run(config, trainer)
+    if rank == 0:
+        announce(trainer)
+    log = Log(config, trainer, active=rank == 0)
+    with Interrupts() as interrupts:
+        reason = train_loop(trainer, log, interrupts)
+    log.bar.close()
+    if rank == 0 and isinstance(reason, int):
+        print(f"stopped at step {trainer.step}, saved in {config.out}; the same command with --resume goes on")
+    elif rank == 0:
+        if reason == "minutes":
+            print(f"{config.minutes} minutes are over at step {trainer.step} of {config.steps}; --resume goes on")
+        finish(trainer, log)
+    if ranks > 1:
+        dist.destroy_process_group()
+    return 128 + reason if isinstance(reason, int) else 0
+
+
+def main():
+    """Command line: exit status 0 when done, 2 for what the user can mend, 128 + signal when interrupted."""
+    try:
+        status = run(parse_config(sys.argv[1:]))
+    except ValueError as error:
+        status = f"train.py: {error}"
+    except NonFinite as error:
+        status = f"train.py: {error}; the last good checkpoint is kept. Lower --muon-lr and --adam-lr, or --N"
+    except torch.cuda.OutOfMemoryError:
+        status = "train.py: out of GPU memory: add --checkpoint, or raise --accumulate"
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
