@@ -173,7 +173,7 @@ class Rule110:
         return {f"t={self.t} exact": right.all(axis=1), f"t={self.t} bit": right.reshape(-1)}
 
     def losses(self, x, y, m, ce):
-        """The same keys as score -> {"loss": mean of the cross-entropies ce (B, T), in nats, over the scored tokens}."""
+        """The same keys as score -> {"loss": mean cross-entropy over the scored tokens}. ce: (B, T), in nats."""
         m, ce = as_arrays(m, ce)
         return {key: {"loss": float(ce[m].mean())} for key in (f"t={self.t} exact", f"t={self.t} bit")}
 

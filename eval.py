@@ -68,8 +68,9 @@ def build_task(config):
 
 def model_config(config, task):
     """The architecture that a run's flags (a dict) describe. Raises ValueError where ModelConfig does."""
-    names = [f.name for f in fields(ModelConfig) if f.name != "vocab_size"]
-    return ModelConfig(task.vocab_size, **{name: config[name] for name in names})
+    names = [f.name for f in fields(ModelConfig) if f.name in config]
+    n_pos = config["L"] if config["positions"] else 0
+    return ModelConfig(task.vocab_size, n_pos=n_pos, **{name: config[name] for name in names})
 
 
 def read_checkpoint(path, device):
@@ -139,7 +140,7 @@ def read_provenance(path):
 
 
 def read_log(path):
-    """log.jsonl of a run directory, or of the one a checkpoint file lies in: a list of dicts, empty if there is none."""
+    """log.jsonl of a run directory, or of the one a checkpoint file lies in: a list of dicts, empty if none."""
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "log.jsonl")
     if not os.path.exists(file):
         return []
@@ -197,8 +198,9 @@ def summarise(task, x, y, m, pred, ce):
     """
     What `predict` returned -> {"rows", "loss", "examples"}, ready for JSON.
 
-    rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), the accuracy of guessing
-    uniformly and of the majority answer, and the losses of task.losses. A difficulty nobody asked for has no row.
+    rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), the accuracy of
+    guessing uniformly and of the majority answer, and the losses of task.losses. A difficulty nobody asked for has no
+    row.
     loss: mean cross-entropy per scored token, in nats.
     """
     chance, losses, rows = task.chance(x, y, m), task.losses(x, y, m, ce), {}
@@ -315,7 +317,8 @@ def check_same_task(paths, configs):
     for path, config in zip(paths, configs):
         if describe(config) != describe(configs[0]):
             raise ValueError(
-                f"{paths[0]} is {describe(configs[0])} but {path} is {describe(config)}: compare runs of one task and size"
+                f"{paths[0]} is {describe(configs[0])} but {path} is {describe(config)}: "
+                "compare runs of one task and size"
             )
 
 
@@ -389,8 +392,8 @@ def write_json(path, content):
 
 # Read off the figures of arXiv:2605.26099v3 (CC BY 4.0), to +-0.5 % (t=32), +-1.5 % (other t) and +-0.03 nats (Depo).
 PAPER = {
-    # (t, N): training tokens in billions, exact accuracy in percent. The axis of the figure with t < 32 is most plausibly
-    # label tokens, 4 in 100, and is converted here
+    # (t, N): training tokens in billions, exact accuracy in percent. The axis of the figure with t < 32 is most
+    # plausibly label tokens, 4 in 100, and is converted here
     "rule110": {
         (4, 1): ((0.05, 0.1), (99.6, 100)),
         (8, 1): ((0.05, 0.1, 0.15, 0.25), (29, 92, 98.5, 99.6)),
@@ -403,8 +406,8 @@ PAPER = {
         (32, 3): ((1, 2, 3, 4, 5.05), (7, 10.5, 17.5, 25.5, 34)),
         (32, 4): ((1, 2, 3, 4, 5.05), (7.6, 12.5, 19.8, 28.3, 36.3)),
     },
-    # N: hops, test loss per scored token after 138 k steps. That <answer> counts is our reading: without it, not knowing
-    # the node would cost ln(75) / 1.6 = 2.7 nats per token, with it ln(75) / 2.6 = 1.66, and the figure ends at 1.70
+    # N: hops, test loss per scored token after 138 k steps. That <answer> counts is our reading: without it, not
+    # knowing the node would cost ln(75) / 1.6 = 2.7 nats per token, with it 1.66, and the figure ends at 1.70
     "depo": {
         1: ((1, 2, 4, 8, 16), (0.17, 0.48, 1.7, 1.7, 1.7)),
         2: ((1, 2, 4, 8, 16), (0.28, 0.52, 1.37, 1.7, 1.7)),
@@ -513,7 +516,7 @@ def draw_curves(ax, columns):
 
 
 def draw_difficulty(ax, columns, field):
-    """Right panels: a field of the final rows against difficulty; dots are means, bars run from min to max over seeds."""
+    """Right panels: a field of the final rows against difficulty; dots are means, bars span the seeds."""
     merged = {key: row for runs in columns.values() for run in runs for key, row in run["rows"].items()}
     keys = [key for key in ordered_keys({"": [merged]}) if key in headline_keys(merged)]
     place, scale = {key: i for i, key in enumerate(keys)}, 100 if field == "accuracy" else 1

@@ -39,6 +39,7 @@ class ModelConfig:
     d_mlp: int = 0  # 0: 8/3 d_model, rounded up to a multiple of 16
     conv: int = 4  # taps of the short convolution before q, k and v of a delta layer
     rope_theta: float = 10000.0
+    n_pos: int = 0  # learned positions inside a window, added to the embedding; 0: rotary only
 
     def __post_init__(self):
         self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
@@ -218,7 +219,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, h, state, rope, write_only=False):
-        """h (B, T, d_model) -> h, new LayerState. write_only (delta blocks): only S is computed and h comes back None."""
+        """h (B, T, d_model) -> h, new LayerState. write_only (delta blocks): only S is computed, h comes back None."""
         x = self.norm_mixer(h)
         y, state = self.mixer(x, state, rope) if self.kind == "A" else self.mixer(x, state, write_only)
         if write_only:
@@ -234,14 +235,25 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.n_pos, config.d_model) if config.n_pos else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.pattern)
         self.norm = RMSNorm(config.d_model)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(functools.partial(init_weights, n_layer=len(config.pattern)))
 
-    def embed(self, x):
-        """Token ids (B, T) -> features (B, T, d_model)."""
-        return self.embedding(x)
+    def embed(self, x, start=0):
+        """Token ids (B, T), the first of them token number `start` of its window -> features (B, T, d_model).
+
+        Raises ValueError if the window is longer than the learned positions.
+        """
+        h = self.embedding(x)
+        if self.positions is None:
+            return h
+        if start + x.shape[1] > self.config.n_pos:
+            raise ValueError(
+                f"a window of {start + x.shape[1]} tokens, but the model knows positions 0..{self.config.n_pos - 1}"
+            )
+        return h + self.positions.weight[start : start + x.shape[1]]
 
     def initial_state(self):
         """The state at the start of a sequence: one empty LayerState per block."""

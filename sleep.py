@@ -29,8 +29,8 @@ class Chunk(NamedTuple):
 def split_chunks(m, L):
     """Lines 2, 3 and 5: cut a loss mask m (B, T), bool, into chunks of at most L tokens.
 
-    Returns a list of Chunk. It depends on the mask alone, so it is made where m is (on the host), once per batch shape.
-    Raises ValueError if L < 1 or if the rows disagree on whether a chunk is scored: sleeping is a decision for the batch.
+    Returns a list of Chunk. It depends on the mask alone, so it is made where m is, on the host. Raises ValueError if
+    L < 1 or if the rows disagree on whether a chunk is scored: the whole batch sleeps or answers.
     """
     if L < 1:
         raise ValueError(f"the window L must be at least 1 token, got {L}")
@@ -45,7 +45,7 @@ def split_chunks(m, L):
 
 
 def evict(state):
-    """Hard eviction: the KV caches and the convolution histories go, the fast weights S stay. Gradients flow through S."""
+    """Hard eviction: KV caches and convolution histories go, the fast weights S stay, and gradients flow through S."""
     return [LayerState(S=layer.S) for layer in state]
 
 
@@ -75,8 +75,9 @@ def passes(pattern, N, loop=None):
 def sleep(model, h, state, N, loop=None, use_checkpoint=False):
     """Lines 6 and 7: N passes over one chunk; returns the state with S rewritten and everything else evicted.
 
-    h (B, T, d_model): the embedded chunk. use_checkpoint: keep only h and S of each pass for the backward, recompute the
-    rest; memory then grows with N by one h and one S per pass. Also returns the features that entered the last pass.
+    h (B, T, d_model): the embedded chunk. use_checkpoint: keep only h and S of each pass for the backward, recompute
+    the rest; memory then grows with N by one h and one S per pass. Also returns the features that entered the last
+    pass.
     """
     order = passes(model.config.pattern, N, loop)
     for n, layers in enumerate(order, 1):
@@ -155,9 +156,10 @@ def generate(model, context, question, max_new, N, L, loop=None):
     state = model.initial_state()
     for start in range(0, context.shape[1], L):
         state, _ = sleep(model, model.embed(context[:, start : start + L]), state, N, loop)
-    answer, x = [], question
+    answer, x, past = [], question, 0
     for _ in range(max_new):
-        h, state = model.blocks(model.embed(x), state)  # the cache stays: this is inside one chunk
+        h, state = model.blocks(model.embed(x, past), state)  # the cache stays: this is inside one chunk
+        past += x.shape[1]
         x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
         answer.append(x)
     return torch.cat(answer, 1)

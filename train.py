@@ -74,6 +74,7 @@ class Config:
     d_mlp: int = flag(0, "width of the MLP (default 8/3 d_model)")
     conv: int = flag(4, "taps of the short convolution")
     rope_theta: float = flag(10000.0, "base of the rotary positions")
+    positions: bool = flag(False, "learn positions inside a window, besides the rotary ones")
     loop: str = flag(None, "blocks that are looped while asleep, first:last+1 (default all)")
     # the optimisation
     batch: int = flag(None, "sequences per step, over all ranks and micro-batches")
@@ -81,7 +82,7 @@ class Config:
     steps: int = flag(None, "optimizer steps; the schedule is a function of step/steps")
     muon_lr: float = flag(None, "learning rate of the block matrices")
     adam_lr: float = flag(None, "learning rate of everything else")
-    weight_decay: float = flag(1e-4, "decoupled, on matrices only")
+    weight_decay: float = flag(1e-4, "decoupled, on the block matrices")
     clip: float = flag(1.0, "largest gradient norm")
     warmup: float = flag(0.02, "fraction of steps with rising learning rate")
     decay: float = flag(0.2, "fraction of steps with falling learning rate, at the end")
@@ -109,16 +110,18 @@ PRESETS = {
                       muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
         "small": dict(width=24, t=12, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=20_000,
                       muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
-        "tiny": dict(width=12, t=4, strings=2, L=12, pattern="AD", d_model=64, n_head=2, batch=64, steps=2000,
-                     muon_lr=0.01, adam_lr=1e-3, eval_every=200),
+        "tiny": dict(width=12, t=4, strings=2, L=12, pattern="AD", d_model=64, n_head=2, positions=True, batch=64,
+                     steps=2000, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, eval_every=100),
     },
     "depo": {
         "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
                       d_model=512, n_head=8, batch=128, steps=138_000, muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
-        "small": dict(nodes=24, hops=8, queries=8, name_tokens=1, min_nodes=3, L=24, pattern="ADAD",
-                      d_model=256, n_head=4, batch=128, steps=20_000, muon_lr=5e-3, adam_lr=5e-4, eval_every=500),
+        "small": dict(nodes=24, hops=8, queries=8, name_tokens=1, min_nodes=8, L=24, pattern="ADAD", d_model=256,
+                      n_head=4, positions=True, batch=128, steps=20_000, muon_lr=5e-3, adam_lr=1e-3, weight_decay=0.5,
+                      eval_every=500),
         "tiny": dict(nodes=8, hops=4, queries=8, name_tokens=1, min_nodes=8, L=16, pattern="AD", d_model=64, n_head=2,
-                     batch=64, steps=3000, muon_lr=0.01, adam_lr=1e-3, eval_every=200),
+                     positions=True, batch=64, steps=3000, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5,
+                     eval_every=100),
     },
 }  # fmt: skip
 
@@ -189,10 +192,8 @@ def make_optimizers(model, config):
         is_matrix = name.startswith("layers.") and p.ndim == 2 and "_proj.weight" in name
         is_gate = name.endswith(("a_proj.weight", "b_proj.weight"))
         (matrices if is_matrix and not is_gate else others).append(p)
-    decayed, plain = [p for p in others if p.ndim > 1], [p for p in others if p.ndim < 2]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
-    adamw = torch.optim.AdamW(groups, lr=config.adam_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW(others, lr=config.adam_lr, weight_decay=0.0, betas=(0.9, 0.95))
     return [muon, adamw]
 
 
@@ -517,7 +518,7 @@ def announce(trainer):
 
 
 def run(config):
-    """Train one configuration in this process. Returns the exit status. Raises ValueError for what the user can mend."""
+    """Train one configuration; returns the exit status. Raises ValueError for what the user can mend."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         if config.device == "cuda":
