@@ -35,7 +35,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import EXAMPLE_SIZES, TASKS, Parser
-from eval import build_task, evaluate, markdown_table, model_config, parse_loop, pick_device, read_checkpoint
+from eval import (
+    BATCH,
+    build_task,
+    evaluate,
+    markdown_table,
+    model_config,
+    parse_loop,
+    pick_device,
+    read_checkpoint,
+    read_log,
+    write_json,
+)
 from model import Model
 from sleep import Algorithm1, scored_part, split_chunks
 
@@ -332,9 +343,9 @@ class Log:
 
     def _drop_lines_after(self, step):
         # a killed run may have logged past its last checkpoint: those steps are about to be logged again
-        lines = open(self.path).readlines() if os.path.exists(self.path) else []
+        lines = [line for line in read_log(self.trainer.config.out) if line["step"] <= step]
         with open(self.path, "w") as f:
-            f.writelines(line for line in lines if json.loads(line)["step"] <= step)
+            f.writelines(json.dumps(line) + "\n" for line in lines)
 
     def add(self, out):
         """Remember one step's device scalars; nothing is read from the device yet."""
@@ -428,11 +439,9 @@ def train_loop(trainer, log, interrupts):
 
 
 def scores(trainer, split, n):
-    """eval.evaluate with this run's task, N and window."""
+    """eval.evaluate with this run's task, N and window. The problems do not depend on the run's seed or batch size."""
     config = trainer.config
-    return evaluate(
-        trainer.model, trainer.task, split, config.N, config.L, n, config.seed, config.batch, parse_loop(config.loop)
-    )
+    return evaluate(trainer.model, trainer.task, split, config.N, config.L, n, 0, BATCH, parse_loop(config.loop))
 
 
 def validate(trainer, log):
@@ -442,16 +451,30 @@ def validate(trainer, log):
         log.write({"kind": "val"} | counters | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
+def git_commit():
+    """The commit of this code, "-dirty" if it was edited since; "unknown" outside a git checkout."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(config):
+    """What the run computes on, for people."""
+    if config.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{config.device} ({platform.machine()}, {config.threads} of {os.cpu_count()} cores)"
+
+
 def provenance(trainer):
     """What ran where: for config.json and result.json."""
     config = trainer.config
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=sys.path[0])
-    device = torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} {config.device}"
     return {
         "config": dataclasses.asdict(config),
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "unknown",
-        "device": device,
+        "commit": git_commit(),
+        "device": device_name(config),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "n_params": trainer.model.n_params(),
     }
@@ -462,13 +485,6 @@ def peak_memory(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def write_json(path, content):
-    """Write JSON under a temporary name, then rename."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(content, f, indent=1)
-    os.replace(path + ".tmp", path)
 
 
 def open_run(config, trainer):
@@ -504,9 +520,8 @@ def finish(trainer, log):
 def announce(trainer):
     """Say what is about to run."""
     config = trainer.config
-    device = torch.cuda.get_device_name() if config.device == "cuda" else f"{config.device}, {config.threads} thread(s)"
     print(
-        f"device {device}; preset {config.preset}; {trainer.model.n_params():,} parameters; run directory {config.out}"
+        f"device {device_name(config)}; preset {config.preset}; {trainer.model.n_params():,} parameters; run directory {config.out}"
     )
     shown = {
         k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
@@ -551,6 +566,8 @@ def main():
         status = run(parse_config(sys.argv[1:]))
     except ValueError as error:
         status = f"train.py: {error}"
+    except OSError as error:  # a full disk, a run directory that was removed
+        status = f"train.py: {error}; the last checkpoint is kept"
     except NonFinite as error:
         status = f"train.py: {error}; the last good checkpoint is kept. Lower --muon-lr and --adam-lr, or --N"
     except torch.cuda.OutOfMemoryError:
