@@ -520,9 +520,8 @@ def finish(trainer, log):
 def announce(trainer):
     """Say what is about to run."""
     config = trainer.config
-    print(
-        f"device {device_name(config)}; preset {config.preset}; {trainer.model.n_params():,} parameters; run directory {config.out}"
-    )
+    size = f"{trainer.model.n_params():,} parameters"
+    print(f"device {device_name(config)}; preset {config.preset}; {size}; run directory {config.out}")
     shown = {
         k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
     }
