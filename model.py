@@ -49,6 +49,8 @@ class ModelConfig:
             )
         if self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.conv < 1 or self.d_mlp < 0 or self.n_kv_head < 1 or not 1 < self.rope_theta < math.inf:
+            raise ValueError("conv and n_kv_head must be at least 1, d_mlp at least 0 and rope_theta above 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
 

@@ -129,8 +129,9 @@ class Algorithm1(nn.Module):
         over micro-batches and ranks.
         """
         logits, stats = self.logits(x, chunks)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = scored_part(y.masked_fill(~m, -100), chunks)  # (B, T_pred)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
         return loss, logits.detach().argmax(-1), stats
 
 

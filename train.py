@@ -171,12 +171,17 @@ def check(config, given):
             raise ValueError(f"--{wrong[0].replace('_', '-')} is not a size of the task {config.task}")
     counts = "N L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
-        if getattr(config, name) < 1:
+        if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name in "muon_lr adam_lr clip".split():
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {getattr(config, name)}")
-    if config.warmup < 0 or config.decay < 0 or config.warmup + config.decay > 1:
+    if config.N > 1000 or not 0 <= config.seed < 2**63:
+        raise ValueError(f"--N {config.N} and --seed {config.seed}: use at most 1000 passes and a seed of 0 or more")
+    for name in "muon_lr adam_lr clip minutes".split():
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1e6:
+            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+    if not 0 <= config.weight_decay <= 1 / config.muon_lr:
+        raise ValueError(f"--weight-decay must be between 0 and 1 / muon_lr, got {config.weight_decay}")
+    if not (config.warmup >= 0 and config.decay >= 0 and config.warmup + config.decay <= 1):
         raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch % (config.accumulate * ranks):
@@ -300,6 +305,8 @@ class Trainer:
         """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole. Rank 0 only."""
         if self.rank:
             return
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise NonFinite(self.step, {"a weight": math.nan})
         tensors = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
         tensors |= {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
         counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
@@ -344,8 +351,9 @@ class Log:
     def _drop_lines_after(self, step):
         # a killed run may have logged past its last checkpoint: those steps are about to be logged again
         lines = [line for line in read_log(self.trainer.config.out) if line["step"] <= step]
-        with open(self.path, "w") as f:
+        with open(self.path + ".tmp", "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(self.path + ".tmp", self.path)
 
     def add(self, out):
         """Remember one step's device scalars; nothing is read from the device yet."""
@@ -527,8 +535,9 @@ def announce(trainer):
     }
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
-    print(f"{task.name}: {task.context} tokens in {task.context // config.L} windows of {config.L}, each slept over "
-          f"{config.N} times; then {task.T - task.context} tokens in one pass", flush=True)  # fmt: skip
+    windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
+    print(f"{task.name}: {task.context} tokens in {windows} windows of {config.L}, {config.N} sleep passes over each;")
+    print(f"then {task.T - task.context} tokens of questions in {answers} windows, one pass each", flush=True)
 
 
 def run(config):
@@ -555,6 +564,7 @@ def run(config):
             print(f"{config.minutes} minutes are over at step {trainer.step} of {config.steps}; --resume goes on")
         finish(trainer, log)
     if ranks > 1:
+        trainer.algorithm = None  # free DDP's buckets before their process group, or a rank may hang at exit
         dist.destroy_process_group()
     return 128 + reason if isinstance(reason, int) else 0
 
