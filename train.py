@@ -204,10 +204,9 @@ def make_optimizers(model, config):
     """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw]."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        # not in the paper: the one-number-per-head gates and the convolutions are not matrices in Muon's sense
-        is_matrix = name.startswith("layers.") and p.ndim == 2 and "_proj.weight" in name
-        is_gate = name.endswith(("a_proj.weight", "b_proj.weight"))
-        (matrices if is_matrix and not is_gate else others).append(p)
+        # not in the paper: which parameters are matrices. The gates' projections count, the convolutions do not
+        is_matrix = name.startswith("layers.") and name.endswith("_proj.weight")
+        (matrices if is_matrix else others).append(p)
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, lr=config.adam_lr, weight_decay=0.0, betas=(0.9, 0.95))
     return [muon, adamw]
