@@ -242,6 +242,8 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.d_model)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(functools.partial(init_weights, n_layer=len(config.pattern)))
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.25)  # below the embedding's: what a token is counts for more
 
     def embed(self, x, start=0):
         """Token ids (B, T), the first of them token number `start` of its window -> features (B, T, d_model).
