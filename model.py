@@ -305,8 +305,8 @@ def init_weights(module, n_layer):
     elif isinstance(module, ShortConv):
         nn.init.uniform_(module.weight, -0.5, 0.5)
     elif isinstance(module, GatedDeltaNet):
-        # not in the paper: Gated DeltaNet draws A from U(0, 16), and then many a head forgets within a few tokens. S has
-        # to outlive N passes over a window, so we start slower; and away from 0, where a head could not learn to forget
+        # not in the paper: Gated DeltaNet draws A from U(0, 16), and then many a head forgets within a few tokens. S
+        # has to outlive N passes over a window, so we start slower; and not at 0, where a head could not learn to
         nn.init.uniform_(module.A_log.data, 0.01, 1.0).log_()
         dt = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         module.dt_bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
