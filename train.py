@@ -122,7 +122,7 @@ PRESETS = {
         "small": dict(width=24, t=12, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=20_000,
                       muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
         "tiny": dict(width=12, t=6, strings=2, L=12, pattern="AD", d_model=64, n_head=2, positions=True, batch=64,
-                     steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.05, eval_every=100),
+                     steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.05, eval_every=200),
     },
     "depo": {
         "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
@@ -131,8 +131,8 @@ PRESETS = {
                       n_head=4, positions=True, batch=128, steps=20_000, decay=0.4, muon_lr=5e-3, adam_lr=1e-3,
                       weight_decay=0.05, eval_every=500),
         "tiny": dict(nodes=8, hops=4, queries=8, name_tokens=1, min_nodes=8, L=16, pattern="AD", d_model=64, n_head=2,
-                     positions=True, batch=64, steps=4500, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.05,
-                     eval_every=100),
+                     positions=True, batch=64, steps=4200, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.05,
+                     eval_every=200),
     },
 }  # fmt: skip
 
