@@ -14,6 +14,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -1364,3 +1366,18 @@ def test_repository_files_say_what_they_are(room):
     """A file opens without a docstring that says what it is and what to read next."""
     words = ast.get_docstring(ast.parse((HERE / f"{room}.py").read_text()))
     assert room == "test_all" or "Read next: " in words
+
+
+def test_repository_readme_commands_are_accepted(monkeypatch):
+    """The README shows a command that the programs refuse."""
+    commands = re.findall(r"^(?:.*&& )?((?:python|torchrun) .*?)(?:  .*)?$", (HERE / "README.md").read_text(), re.M)
+    words = [shlex.split(command.replace("FILE", "file")) for command in commands]
+    training = [w[w.index("train.py") + 1 :] for w in words if "train.py" in w]
+    judging = [w[2:] for w in words if w[1] == "eval.py"]
+    assert len(training) >= 5 and len(judging) >= 2 and "python -m pytest test_all.py" in commands
+    for flags in training:
+        if flags != ["--help"]:
+            train.parse_config(flags)
+    for flags in judging:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+        evaluation.parse_args()
