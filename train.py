@@ -392,6 +392,9 @@ class NonFinite(Exception):
         super().__init__(f"training diverged at step {step} ({bad})")
 
 
+TIME_IS_UP = 1000  # above every signal number
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second one kills."""
 
@@ -411,13 +414,13 @@ class Interrupts:
     def __exit__(self, *exc):
         self._restore()
 
-    def seen_by_any_rank(self, device):
-        """The signal number, or 0. With several ranks all of them must leave the loop at the same step."""
-        signum = self.signum or 0
+    def reason_to_stop(self, time_is_up, device):
+        """A signal number, "minutes", or None. With several ranks all of them must leave the loop at the same step."""
+        code = self.signum or (TIME_IS_UP if time_is_up else 0)
         if dist.is_initialized():
-            signum = torch.tensor(signum, device=device)
-            dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return int(signum)
+            code = torch.tensor(code, device=device)
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+        return {0: None, TIME_IS_UP: "minutes"}.get(int(code), int(code))
 
 
 def train_loop(trainer, log, interrupts):
@@ -429,12 +432,13 @@ def train_loop(trainer, log, interrupts):
     while trainer.step < config.steps and not reason:
         log.add(step_fn(*batches.get(trainer.step)))
         step_fn = trainer.train_step
-        reason = interrupts.seen_by_any_rank(config.device)
-        if not reason and config.minutes and trainer.seconds + time.perf_counter() - started > 60 * config.minutes:
-            reason = "minutes"
+        minutes = (trainer.seconds + time.perf_counter() - started) / 60
+        reason = interrupts.reason_to_stop(config.minutes and minutes > config.minutes, config.device)
         last = reason or trainer.step == config.steps
         evaluating, saving = (trainer.step % n == 0 for n in (config.eval_every, config.save_every))
         if last or evaluating or saving or trainer.step % config.log_every == 0:
+            if config.device == "cuda":
+                torch.cuda.synchronize()
             trainer.seconds += time.perf_counter() - started  # evaluating and saving are not training time
             log.flush()
             if evaluating:
