@@ -540,8 +540,10 @@ def announce(trainer):
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
     windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
-    print(f"{task.name}: {task.context} tokens in {windows} windows of {config.L}, {config.N} sleep passes over each;")
-    print(f"then {task.T - task.context} tokens of questions in {answers} windows, one pass each", flush=True)
+    print(
+        f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {config.N} times;"
+    )
+    print(f"questions {task.T - task.context} tokens = {answers} window(s), one pass each", flush=True)
 
 
 def run(config):
