@@ -413,14 +413,17 @@ class Depo:
         return means
 
     def chance(self, x, y, m):
-        """The same keys as score -> accuracy of guessing a node of the row, of the commonest answer; nan if empty."""
+        """The same keys as score -> accuracy of guessing among the nodes that can be asked for, of the commonest
+        answer; nan if empty.
+        """
         x, y, m = as_arrays(x, y, m)
         row, answer = read_names(np.where(m, y, self.pad))  # (Q,)
         names = (x[:, : self.context] >= MINI_VOCAB) & (x[:, : self.context] < 2 * MINI_VOCAB)
         n = names.sum(axis=1) // 2  # (B,), a node is named twice
         levels = {}
         for key, q in self._by_hops(x, np.arange(len(row))).items():
-            uniform = float((1 / n[row[q]]).mean()) if len(q) else math.nan
+            others = n[row[q]] - (int(key.split()[-1]) % n[row[q]] != 0)  # k steps on is the start itself, or never is
+            uniform = float((1 / others).mean()) if len(q) else math.nan
             majority = float(np.bincount(answer[q]).max() / len(q)) if len(q) else math.nan
             levels[key] = {"uniform": uniform, "majority": majority}
         return levels

@@ -415,8 +415,8 @@ PAPER = {
     },
 }
 PAPER_SIZES = {
-    "rule110": {"width": 24, "strings": 4},
-    "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2},
+    "rule110": {"width": 24, "strings": 4, "L": 24},
+    "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75},
 }
 
 COLOURS = {1: "#6b7280", 2: "#0072b2", 3: "#009e73", 4: "#d55e00", 6: "#cc79a7", 8: "#e69f00"}

@@ -19,8 +19,8 @@ for i >= j, else 0. Unrolling the recurrence from the state S0 that enters the c
     e_i + sum_{j<i} decay_ij (k_i . k_j) beta_j e_j = v_i - exp(gc_i) S0^T k_i
 
 which is one unit lower triangular system for all errors at once, (I + G diag(beta)) E = R. Its inverse has entries
-bounded by 1 as long as |k| <= 1 and beta is in [0, 2], so it is safe to form; L2-normalised keys are a precondition.
-Keeping E (not the written values beta*E) as the unknown means that beta is never divided out.
+bounded by max(1, beta) as long as |k| <= 1 and beta is in [0, 2], so it is safe to form; L2-normalised keys are a
+precondition. Keeping E (not the written values beta*E) as the unknown means that beta is never divided out.
 
 Read next: model.py
 """
@@ -54,7 +54,8 @@ def delta_rule(q, k, v, g, beta, S, impl="torch"):
         raise ValueError(f"S {tuple(S.shape)} or q does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
     dtype = torch.promote_types(v.dtype, torch.float32)
     q = None if q is None else q.to(dtype)
-    o, S = IMPLEMENTATIONS[impl](q, k.to(dtype), v.to(dtype), g, beta, S)
+    with torch.autocast(v.device.type, enabled=False):  # autocast would turn these products back into bfloat16
+        o, S = IMPLEMENTATIONS[impl](q, k.to(dtype), v.to(dtype), g, beta, S)
     return (None if o is None else o.to(v.dtype)), S
 
 

@@ -29,7 +29,7 @@ from kernels import delta_rule
 
 @dataclass
 class ModelConfig:
-    """The architecture; every field is a flag of train.py except vocab_size, which the task fixes."""
+    """The architecture; a flag of train.py each, but for vocab_size (the task's) and n_pos (--positions)."""
 
     vocab_size: int
     pattern: str = "ADAD"  # mixer per block: A attention, D delta
@@ -39,7 +39,7 @@ class ModelConfig:
     d_mlp: int = 0  # 0: 8/3 d_model, rounded up to a multiple of 16
     conv: int = 4  # taps of the short convolution before q, k and v of a delta layer
     rope_theta: float = 10000.0
-    n_pos: int = 0  # learned positions inside a window, added to the embedding; 0: rotary only
+    n_pos: int = 0  # not in the paper: learned positions inside a window, added to the embedding; 0: rotary only
 
     def __post_init__(self):
         self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
@@ -85,9 +85,9 @@ def l2norm(x):
 @functools.lru_cache(maxsize=8)
 def rope_table(length, dim, theta, device, dtype):
     """cos and sin of position * theta^(-2i/dim), each (length, 1, dim/2), for positions 0..length-1."""
-    freq = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), freq)
-    return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
+    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # on the CPU: not every device has float64
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), freq)
+    return angle.cos().to(device, dtype)[:, None], angle.sin().to(device, dtype)[:, None]
 
 
 def rotate(x, cos, sin):
@@ -283,8 +283,9 @@ class Model(nn.Module):
         return rope_table(length, self.config.d_model // self.config.n_head, self.config.rope_theta, h.device, dtype)
 
     def head(self, h):
-        """Features (B, T, d_model) -> logits (B, T, vocab_size)."""
-        return self.head_proj(self.norm(h))
+        """Features (B, T, d_model) -> logits (B, T, vocab_size), never below float32: near chance, ties matter."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head_proj(self.norm(h.to(self.norm.weight.dtype)))
 
     def n_params(self):
         """Number of parameters, embedding and head included."""

@@ -53,9 +53,8 @@ def passes(pattern, N, loop=None):
     """The block indices of each of N passes over a sleeping chunk.
 
     loop: (first, last+1) of the looped blocks, all by default: the first pass enters through the blocks before them
-    (prelude), the last one leaves through those behind (coda). Whatever would come after the last write to a fast
-    weight is dead, because the features are discarded, and is left out. Raises ValueError if N < 1, if the range does
-    not fit the pattern, or if N > 1 and no delta block is looped.
+    (prelude), the last one leaves through those behind (coda). Raises ValueError if N < 1, if the range does not fit
+    the pattern, or if N > 1 and no delta block is looped.
     """
     first, last = loop or (0, len(pattern))
     if N < 1:
@@ -67,6 +66,7 @@ def passes(pattern, N, loop=None):
     order = [list(range(first, last)) for _ in range(N)]
     order[0] = list(range(first)) + order[0]
     order[-1] = order[-1] + list(range(last, len(pattern)))
+    # not in the paper: what would come after the last write to a fast weight is dead, because nobody sees its features
     while pattern[order[-1][-1]] != "D":
         order[-1].pop()
     return order
@@ -129,7 +129,6 @@ class Algorithm1(nn.Module):
         over micro-batches and ranks.
         """
         logits, stats = self.logits(x, chunks)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = scored_part(y.masked_fill(~m, -100), chunks)  # (B, T_pred)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
         return loss, logits.detach().argmax(-1), stats
@@ -152,7 +151,7 @@ def generate(model, context, question, max_new, N, L, loop=None):
     context (B, T), question (B, T_q), ids; returns the max_new answer ids, (B, max_new). The question's window is an
     ordinary one: its own cache, the past through S alone. Raises ValueError if question and answer exceed L tokens.
     """
-    if question.shape[1] < 1 or question.shape[1] + max_new - 1 > L:
+    if question.shape[1] < 1 or max_new < 1 or question.shape[1] + max_new - 1 > L:
         raise ValueError(f"a question of {question.shape[1]} and an answer of {max_new} tokens must fit in L = {L}")
     state = model.initial_state()
     for start in range(0, context.shape[1], L):

@@ -321,6 +321,16 @@ def test_kernel_keeps_S_in_float32_for_bfloat16_inputs(impl):
     assert error(S, want_S) <= 1e-5 and error(o, want_o) <= 5e-3
 
 
+@pytest.mark.parametrize("impl", ("torch", "recurrent"))
+def test_kernel_ignores_autocast(impl):
+    """Mixed precision rounds the fast weights and their products, not only what comes in, to bfloat16."""
+    inputs = kernel_inputs(75, dtype=torch.float32)
+    want = outputs_and_gradients(lambda **a: delta_rule(**a, impl=impl), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = delta_rule(**inputs, impl=impl)
+    assert_same({"output 0": got[0], "output 1": got[1]}, {name: want[name] for name in ("output 0", "output 1")}, 1e-6)
+
+
 @pytest.mark.parametrize(
     "wrong",
     (
@@ -887,7 +897,8 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
         successor, queries = parse_depo(task, x[row], y[row], m[row])
         for i, (k, _, where, name) in enumerate(queries):
             for key in (f"hops {k}", f"first hops {k}")[: 2 if i == 0 else 1]:
-                count(key, where, row, name, 1 / len(successor), [where[0] - 1, *where])
+                possible = len(successor) - (k % len(successor) != 0)  # not the start, unless the walk ends there
+                count(key, where, row, name, 1 / possible, [where[0] - 1, *where])
     scores, losses, chance = task.score(x, y, m, pred), task.losses(x, y, m, ce), task.chance(x, y, m)
     assert scores.keys() == losses.keys() == chance.keys() and right.keys() == {k for k in scores if len(scores[k])}
     for key in right:

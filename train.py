@@ -34,11 +34,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, TASKS, Parser
+from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser
 from eval import (
     BATCH,
     build_task,
     evaluate,
+    load_weights,
     markdown_table,
     model_config,
     parse_loop,
@@ -64,7 +65,7 @@ class Config:
     """Everything that defines a run; every field is a flag. None: the preset decides, or the task does not have it."""
 
     task: str = flag("depo", "rule110 or depo")
-    preset: str = flag("auto", "paper, small (one GPU, half an hour), tiny (laptop CPU, minutes); auto picks by device")
+    preset: str = flag("auto", "paper, small (one GPU), tiny (laptop CPU, minutes); auto picks by device")
     N: int = flag(4, "sleep passes over a window before it is evicted; 1 is the ordinary hybrid")
     seed: int = flag(0, "of weights and data; runs with different N and one seed see the same batches")
     L: int = flag(None, "window in tokens; must divide the task's context")
@@ -107,13 +108,14 @@ class Config:
     save_every: int = flag(500, "steps between checkpoints")
     device: str = flag("auto", "cpu, cuda, mps or auto")
     compile: bool = flag(True, "compile the blocks; --no-compile for eager")
-    threads: int = flag(2, "CPU threads; more than two do not help models this small")
+    threads: int = flag(1, "CPU threads; two help small models on an idle machine only, and hurt on a busy one")
     out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
     resume: bool = flag(False, "go on from the checkpoint in the run directory")
 
 
-# a resumed run may change these without changing what is learnt
-FREE = {"minutes", "device", "threads", "resume", "compile", "save_every", "out"}
+# a resumed run may change these: they do not define what is learnt (device, compile and threads round differently)
+FREE = {"minutes", "device", "threads", "resume", "compile", "checkpoint", "save_every", "log_every", "out"}
+FREE |= {"eval_every", "eval_n", "test_n"}
 
 PRESETS = {
     "rule110": {
@@ -131,7 +133,7 @@ PRESETS = {
                       n_head=4, positions=True, batch=128, steps=20_000, decay=0.4, muon_lr=5e-3, adam_lr=1e-3,
                       weight_decay=0.5, eval_every=500),
         "tiny": dict(nodes=8, hops=4, queries=8, name_tokens=1, min_nodes=8, L=16, pattern="AD", d_model=64, n_head=2,
-                     positions=True, batch=64, steps=5400, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5,
+                     positions=True, batch=64, steps=4200, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5,
                      eval_every=200),
     },
 }  # fmt: skip
@@ -158,7 +160,6 @@ def parse_config(argv):
         if name not in given:
             setattr(config, name, value)
     config.n_kv_head = config.n_kv_head or config.n_head
-    config.threads = min(config.threads, os.cpu_count() or 1)
     config.out = config.out or f"out/{config.task}-N{config.N}-s{config.seed}"
     check(config, given)
     return config
@@ -192,7 +193,8 @@ def check(config, given):
     task = build_task(dataclasses.asdict(config))
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
-    split_chunks(task.batch(config.seed, "train", 0, config.batch)[2], config.L)
+    for split in SPLITS:
+        split_chunks(task.batch(config.seed, split, 0, config.batch)[2], config.L)
     with torch.device("meta"):
         Algorithm1(Model(model_config(dataclasses.asdict(config), task)), config.N, parse_loop(config.loop))
 
@@ -202,10 +204,12 @@ def check(config, given):
 
 
 def make_optimizers(model, config):
-    """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw]."""
+    """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw].
+
+    not in the paper: weight decay, betas, and which parameters count as matrices (the gates do, convolutions do not).
+    """
     matrices, others = [], []
     for name, p in model.named_parameters():
-        # not in the paper: which parameters are matrices. The gates' projections count, the convolutions do not
         is_matrix = name.startswith("layers.") and name.endswith("_proj.weight")
         (matrices if is_matrix else others).append(p)
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
@@ -214,7 +218,7 @@ def make_optimizers(model, config):
 
 
 def schedule(step, config):
-    """Warm-up, stable, linear decay: the factor on both learning rates for step 0..steps-1."""
+    """Warm-up, stable, linear decay (not in the paper): the factor on both learning rates for step 0..steps-1."""
     rising = (step + 1) / max(1, config.warmup * config.steps)
     falling = (config.steps - step) / max(1, config.decay * config.steps)
     return min(1.0, rising, falling)
@@ -267,8 +271,9 @@ class Trainer:
             last = i == len(micro) - 1
             quiet = self.algorithm.no_sync() if self.ranks > 1 and not last else contextlib.nullcontext()
             # every rank divides by the global count; DDP averages over ranks, so undo that
-            with quiet, torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-                loss, pred, stats = self.algorithm(x, y, m, chunks)
+            with quiet:
+                with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+                    loss, pred, stats = self.algorithm(x, y, m, chunks)
                 (loss * (self.ranks / count)).backward()
             right = ((pred == scored_part(y, chunks)) & scored_part(m, chunks)).sum()
             total = total + torch.stack((loss.detach(), right)) / count
@@ -293,7 +298,7 @@ class Trainer:
         """train_step, but if the machine cannot compile (no C++ compiler, no Python headers), go on eagerly."""
         try:
             return self.train_step(micro, count)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.ShortenTraceback as error:  # the base of all that a missing compiler raises
             reason = str(error).strip().splitlines()[0][:160]
             print(f"cannot compile here, training goes on eagerly and slower ({reason})", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
@@ -321,16 +326,19 @@ class Trainer:
 
     def load(self, path):
         """Continue from a checkpoint of the same run. Raises ValueError if it is missing, damaged or foreign."""
-        saved = read_checkpoint(path, self.config.device)
+        saved = read_checkpoint(path, "cpu")  # AdamW's step counters must stay there; the rest moves as it is loaded
         for name, value in dataclasses.asdict(self.config).items():
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
                 raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use the flags of that run")
-        self.model.load_state_dict(saved["model"])
-        self.optimizers[0].load_state_dict(saved["muon"])
-        self.optimizers[1].load_state_dict(saved["adamw"])
-        torch.set_rng_state(saved["rng"].cpu())
-        self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
+        try:
+            load_weights(self.model, saved["model"], path)
+            self.optimizers[0].load_state_dict(saved["muon"])
+            self.optimizers[1].load_state_dict(saved["adamw"])
+            torch.set_rng_state(saved["rng"])
+            self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} lacks what a resume needs ({error}): start a new run") from None
 
 
 # -----------------------------------------------------------------------------
@@ -361,7 +369,7 @@ class Log:
         self.bar.update()
 
     def flush(self):
-        """Read the pending scalars (the only host synchronisation), stop on NaN, write a line for the last step."""
+        """Read the pending scalars from the device, stop on NaN, write a line for the last step."""
         if not self.pending:
             return
         names = list(self.pending[0][1])
@@ -429,11 +437,11 @@ def train_loop(trainer, log, interrupts):
     config, reason = trainer.config, None
     batches = Batches(trainer.task, config, trainer.rank, trainer.ranks, config.device)
     step_fn = trainer.first_step
-    started = time.perf_counter()
+    earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
         log.add(step_fn(*batches.get(trainer.step)))
         step_fn = trainer.train_step
-        minutes = (trainer.seconds + time.perf_counter() - started) / 60
+        minutes = (trainer.seconds - earlier + time.perf_counter() - started) / 60  # a resumed run has them anew
         reason = interrupts.reason_to_stop(config.minutes and minutes > config.minutes, config.device)
         last = reason or trainer.step == config.steps
         evaluating, saving = (trainer.step % n == 0 for n in (config.eval_every, config.save_every))
@@ -488,6 +496,7 @@ def provenance(trainer):
         "commit": git_commit(),
         "device": device_name(config),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "ranks": trainer.ranks,
         "n_params": trainer.model.n_params(),
     }
 
@@ -496,7 +505,8 @@ def peak_memory(device):
     """Peak memory of this process in MiB: of the GPU if there is one, else resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def open_run(config, trainer):
@@ -583,6 +593,8 @@ def main():
         status = f"train.py: {error}"
     except OSError as error:  # a full disk, a run directory that was removed
         status = f"train.py: {error}; the last checkpoint is kept"
+    except KeyboardInterrupt:
+        status = "train.py: interrupted outside of training; --resume goes on if there is a checkpoint"
     except NonFinite as error:
         status = f"train.py: {error}; the last good checkpoint is kept. Lower --muon-lr and --adam-lr, or --N"
     except torch.cuda.OutOfMemoryError:
