@@ -73,10 +73,12 @@ def sample_problems(draw, split, need):
 
 
 def as_tensors(*arrays):
+    """numpy arrays -> torch CPU tensors of the same shapes and dtypes."""
     return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
 
 
 def as_arrays(*tensors):
+    """torch tensors -> numpy arrays of the same shapes and dtypes."""
     return tuple(t.cpu().numpy() for t in tensors)
 
 
@@ -218,6 +220,7 @@ def shuffle(rng, n, width):
 
 
 def take(a, index):
+    """a (R, A), index (R, I) -> (R, I), row by row."""
     return np.take_along_axis(a, index, axis=1)
 
 
