@@ -84,6 +84,7 @@ def random_model(pattern="DADA", n_kv_head=1, vocab_size=29, dtype=torch.float64
 
 
 def random_ids(B, T, vocab_size=29):
+    """Token ids (B, T), uniform."""
     return torch.randint(vocab_size, (B, T))
 
 
@@ -94,6 +95,7 @@ def answers_in(predicts, L, B=2, last=None):
 
 
 def ref_rmsnorm(x, weight):
+    """x / rms(x) * weight over the last dimension."""
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
@@ -170,6 +172,7 @@ def ref_blocks(model, h, S, layers, L):
 
 
 def ref_zero_S(model, B):
+    """Block -> (B, H, V, K) of zeros, for every block."""
     K = model.config.d_model // model.config.n_head
     return {i: torch.zeros(B, model.config.n_head, K, K, dtype=torch.float64) for i in range(len(model.layers))}
 
@@ -182,6 +185,7 @@ def ref_embed(model, x, L):
 
 
 def ref_head(model, h):
+    """Logits of features h (B, T, d_model)."""
     weights = model.state_dict()
     return ref_rmsnorm(h, weights["norm.weight"]) @ weights["head_proj.weight"].T
 
@@ -207,6 +211,7 @@ REGIMES = ("usual", "hard decay", "no decay", "beta 0", "beta 1", "beta 2", "ide
 
 
 def kernel_inputs(T, regime="usual", B=2, H=2, K=8, V=5, dtype=torch.float64):
+    """Arguments of delta_rule, by name, in one of the REGIMES; q and k have unit length."""
     q, k = (torch.nn.functional.normalize(torch.randn(B, T, H, K, dtype=torch.float64), dim=-1) for _ in "qk")
     g, beta = -torch.rand(B, T, H, dtype=torch.float64).square(), torch.rand(B, T, H, dtype=torch.float64)
     if regime == "hard decay":
@@ -1377,6 +1382,16 @@ def test_repository_files_say_what_they_are(room):
     """A file opens without a docstring that says what it is and what to read next."""
     words = ast.get_docstring(ast.parse((HERE / f"{room}.py").read_text()))
     assert room == "test_all" or "Read next: " in words
+
+
+@pytest.mark.parametrize("preset", ("paper", "small", "tiny"))
+@pytest.mark.parametrize("task", ("rule110", "depo"))
+def test_train_presets_fit_their_task(task, preset):
+    """A preset contradicts itself: L does not divide the context, or rows disagree on which chunk is scored."""
+    config = train.parse_config(["--task", task, "--preset", preset, "--N", "4"])
+    for step in range(3):
+        micro, count = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")._make(step)
+        assert len(micro) == 1 and count > 0 and not micro[0][3][0].predicts and micro[0][3][-1].predicts
 
 
 def test_repository_readme_commands_are_accepted(monkeypatch):
