@@ -9,9 +9,10 @@ A fast-weight layer remembers with one matrix S per head. Every token corrects w
 alpha_t = exp(g_t) is the forget gate, beta_t the write gate. This is eq. 3 of arXiv:2605.26099 with the delta-rule
 correction of Gated DeltaNet (arXiv:2412.06464); our S is the transpose of theirs, so that rows are keys.
 
-    delta_rule(q, k, v, g, beta, S) -> o, S    what the model calls
+    delta_rule(q, k, v, g, beta, S) -> o, S    what the model calls; on a GPU impl="triton", elsewhere impl="torch"
     impl="recurrent"                           the three lines above in a loop: the definition every test compares with
     impl="torch"                               the same thing a chunk of tokens at a time: matrix products only
+    impl="triton"                              the same products in two kernels forward and two backward
 
 How a chunk of C tokens becomes matrix products. Let gc = cumsum(g) inside the chunk and decay_ij = exp(gc_i - gc_j)
 for i >= j, else 0. Unrolling the recurrence from the state S0 that enters the chunk,
@@ -22,16 +23,28 @@ which is one unit lower triangular system for all errors at once, (I + G diag(be
 bounded by max(1, beta) as long as |k| <= 1 and beta is in [0, 2], so it is safe to form; L2-normalised keys are a
 precondition. Keeping E (not the written values beta*E) as the unknown means that beta is never divided out.
 
-Read next: model.py
+Read next: model.py, and the rest of this file at the end
 """
+
+import functools
+import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the kernels below are then never called
+    triton, tl = None, SimpleNamespace(constexpr=None)
+jit = triton.jit if triton else lambda function: function
 
 MAX_CHUNK = 64  # more tokens per chunk mean fewer sequential steps but C^2 work per token
 
 
-def delta_rule(q, k, v, g, beta, S, impl="torch"):
+def delta_rule(q, k, v, g, beta, S, impl="auto"):
     """Write T tokens into the fast weights S and read after every write.
 
     q, k:    (B, T, H, K), k (and usually q) L2-normalised by the caller; no scale is hidden here. q may be None when
@@ -39,12 +52,10 @@ def delta_rule(q, k, v, g, beta, S, impl="torch"):
     v:       (B, T, H, V)
     g, beta: (B, T, H) log forget gate (<= 0) and write gate, in promote_types(v.dtype, float32)
     S:       (B, H, K, V) fast weights, same dtype as g
-    impl:    "torch" (chunked) or "recurrent" (the definition)
+    impl:    "recurrent" (the definition), "torch" (chunked), "triton" (a GPU's), or "auto": see pick_impl
     returns  o (B, T, H, V) in v's dtype, and the new S. Differentiable in every input, S included.
-    raises   ValueError if T < 1, if the shapes do not belong together, or for an unknown impl.
+    raises   ValueError if T < 1, if the shapes do not belong together, for an unknown impl, or if Triton cannot run it.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown impl {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     B, T, H, K = k.shape
     if T < 1 or v.shape[:3] != (B, T, H) or g.shape != (B, T, H) or beta.shape != (B, T, H):
         raise ValueError(
@@ -52,11 +63,36 @@ def delta_rule(q, k, v, g, beta, S, impl="torch"):
         )
     if S.shape != (B, H, K, v.shape[-1]) or (q is not None and q.shape != k.shape):
         raise ValueError(f"S {tuple(S.shape)} or q does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    if impl == "auto":
+        impl = pick_impl(k, v)
+    elif impl == "triton" and why_not_triton(k, v):
+        raise ValueError(f"impl='triton' is not possible here: {why_not_triton(k, v)}")
+    elif impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl {impl!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    # plain PyTorch computes in float32; Triton rounds only the operands of its products to v's dtype
+    dtype = v.dtype if impl == "triton" else torch.promote_types(v.dtype, torch.float32)
     q = None if q is None else q.to(dtype)
     with torch.autocast(v.device.type, enabled=False):  # autocast would turn these products back into bfloat16
         o, S = IMPLEMENTATIONS[impl](q, k.to(dtype), v.to(dtype), g, beta, S)
     return (None if o is None else o.to(v.dtype)), S
+
+
+def why_not_triton(k, v):
+    """What keeps the Triton kernels from these tensors, in words, or None."""
+    K, V = k.shape[-1], v.shape[-1]
+    if triton is None:
+        return "the package triton is not installed"
+    if not k.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {k.device.type}, not on a GPU"
+    if K % 16 or K > 128 or V > 256:
+        return f"K = {K} must be a multiple of 16 up to 128, and V = {V} at most 256"
+    if v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{v.dtype} is not one of float32, bfloat16, float16"
+
+
+def pick_impl(k, v):
+    """The impl that "auto" stands for with these keys and values: "triton" on a GPU where it can, else "torch"."""
+    return "triton" if k.is_cuda and not why_not_triton(k, v) else "torch"
 
 
 def _recurrent(q, k, v, g, beta, S):
@@ -135,4 +171,341 @@ class _UnitLowerInverse(torch.autograd.Function):
         return -(x.mT @ dx @ x.mT).tril(-1)
 
 
-IMPLEMENTATIONS = {"torch": _chunked, "recurrent": _recurrent}
+# -----------------------------------------------------------------------------
+# the same mathematics in Triton: four kernels, two launches forward and two backward
+#
+# Chunks of C <= 32 tokens, value columns in blocks of BV <= 32: no product has more than 32 rows. Taller ones would use
+# Hopper's asynchronous tensor cores, which several Triton releases miscompile, and a backward in one kernel would not
+# fit into registers. S is held transposed, (V, K), so that its update has BV rows. Sums are in float32, operands of
+# products in the inputs' dtype. Tokens past T load as zeros: no key, no write, no decay, so exact no-ops.
+#
+# Backward, with dO and the gradient dS of the state that leaves the chunk (W = dO E', Z = dR E', lower triangles only):
+#
+#     dU = P' dO + exp(gc_C - gc) (K dS)         P = decay * Q K'
+#     dR = inverse' (beta dU)                    and dV = dR
+#     dS0 = exp(gc_C) dS + Q' (exp(gc) dO) - K' (exp(gc) dR)
+#     dQ = A1 + dP K                             A1 = exp(gc) dO S0',  dP = decay W diag(beta)
+#     dK = beta M - A2 + dP' Q + (dKK + dKK') K  A2 = exp(gc) dR S0',  dKK = -decay Z diag(beta),
+#                                                M = exp(gc_C - gc) E dS'
+#     dbeta_j = <K_j, M_j> + sum_i N_ij          N = decay (W * Q K' - Z * K K')
+#     dg_i = sum_{j >= i} (<Q_j, A1_j> - <K_j, A2_j> + row j of N diag(beta) - column j of it)
+#            + sum_{j < i} beta_j <K_j, M_j> + exp(gc_C) <S0, dS>
+#
+# dg could be had from <Q, dQ> - <K, dK> with fewer sums, but when the decay is hard their difference cancels.
+
+
+@jit
+def _gates(g, beta, b, h, t, T, H, PRECISION: tl.constexpr):
+    """Of the tokens t of one chunk, each [C]: gc, exp(gc), exp(gc_C - gc), beta. Also the scalar exp(gc_C)."""
+    row = (b * T + t) * H + h
+    g_t = tl.load(g + row, mask=t < T, other=0.0)
+    if PRECISION == "tf32x3":  # exact inputs deserve it: after hard decay gc is large, and its differences cancel
+        g_t = g_t.to(tl.float64)
+    gc = tl.cumsum(g_t, 0)
+    # exactly the last entry: a sum of its own would round differently, and gc_C - gc would not end in 0
+    total = tl.sum(tl.where(t == tl.max(t, 0), gc, 0.0), 0)
+    to_end = tl.exp((total - gc).to(tl.float32))
+    beta_t = tl.load(beta + row, mask=t < T, other=0.0)
+    return gc, tl.exp(gc.to(tl.float32)), to_end, beta_t, tl.exp(total.to(tl.float32))
+
+
+@jit
+def _decay(gc, C: tl.constexpr):
+    """exp(gc_i - gc_j) for i >= j, else 0. The exponent is masked, not the result: above the diagonal it overflows."""
+    i = tl.arange(0, C)
+    exponent = (gc[:, None] - gc[None, :]).to(tl.float32)
+    return tl.exp(tl.where(i[:, None] >= i[None, :], exponent, float("-inf")))
+
+
+@jit
+def _load(x, rows, cols, rows_ok, n_cols):
+    """x[rows + cols] as a tile, zeros where a row or a column does not exist."""
+    return tl.load(x + rows[:, None] + cols[None, :], mask=rows_ok[:, None] & (cols < n_cols)[None, :], other=0.0)
+
+
+@jit
+def _store(x, rows, cols, rows_ok, n_cols, value):
+    """x[rows + cols] = value, where both exist."""
+    tl.store(x + rows[:, None] + cols[None, :], value, mask=rows_ok[:, None] & (cols < n_cols)[None, :])
+
+
+@jit
+def _inverse_kernel(
+    k, g, beta, inverse, T, NT, H, K, stride_b, stride_t, stride_h,
+    C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(I + G diag(beta))^-1 of one chunk, by the doubling of _UnitLowerInverse. Grid: chunks x B x H."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk, b, h = pid % NT, pid // NT // H, pid // NT % H
+    t = chunk * C + tl.arange(0, C)
+    gc, _, _, beta_t, _ = _gates(g, beta, b, h, t, T, H, PRECISION)
+    k_t = _load(k, b * stride_b + t * stride_t + h * stride_h, tl.arange(0, BK), t < T, K)
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    gram = tl.dot(k_t, tl.trans(k_t), input_precision=PRECISION) * _decay(gc, C)
+    a = tl.where(i > j, gram * beta_t[None, :], 0.0)
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, a, 0.0)
+    for s in tl.static_range(1, LOG_C):
+        corner = ((i >> s) == (j >> s) + 1) & ((i >> (s + 1)) == (j >> (s + 1)))
+        xa = tl.dot(x, tl.where(corner, a, 0.0), input_precision=PRECISION)
+        x -= tl.dot(xa, x, input_precision=PRECISION)
+    tl.store(inverse + pid * C * C + i * C + j, x.to(inverse.dtype.element_ty))
+
+
+@jit
+def _forward_kernel(
+    q, k, v, g, beta, S, inverse, o, S_out, error, states, T, NT, H, K, V,
+    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    READ: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of one head in order, for BV columns of S. Grid: value blocks x B x H.
+
+    Writes o, the errors E and the S that enters each chunk, which are all that the backward needs.
+    """
+    n_blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0).to(tl.int64)
+    bh, c, i = pid // n_blocks, tl.arange(0, BK), tl.arange(0, C)
+    b, h = bh // H, bh % H
+    cols = pid % n_blocks * BV + tl.arange(0, BV)
+    dtype = k.dtype.element_ty
+    S_at = bh * K * V + c[None, :] * V + cols[:, None]  # (V, K): the transpose of how S lies in memory
+    S_ok = (c < K)[None, :] & (cols < V)[:, None]
+    S_t = tl.load(S + S_at, mask=S_ok, other=0.0)
+    for chunk in range(NT):
+        t = chunk * C + i
+        gc, from_start, to_end, beta_t, total = _gates(g, beta, b, h, t, T, H, PRECISION)
+        k_at = b * k_stride_b + t * k_stride_t + h * k_stride_h
+        o_at = ((b * T + t) * H + h) * V
+        k_t = _load(k, k_at, c, t < T, K)
+        v_t = _load(v, b * v_stride_b + t * v_stride_t + h * v_stride_h, cols, t < T, V)
+        inv = tl.load(inverse + (bh * NT + chunk) * C * C + i[:, None] * C + i[None, :])
+        S_low = S_t.to(dtype)
+        _store(states, ((bh * NT + chunk) * V + cols) * K, c, cols < V, K, S_low)
+        r = v_t - from_start[:, None] * tl.dot(k_t, tl.trans(S_low), input_precision=PRECISION)
+        e = tl.dot(inv, r.to(dtype), input_precision=PRECISION)
+        _store(error, o_at, cols, t < T, V, e.to(dtype))
+        u = beta_t[:, None] * e
+        if READ:
+            q_t = _load(q, k_at, c, t < T, K)
+            p = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION) * _decay(gc, C)
+            out = from_start[:, None] * tl.dot(q_t, tl.trans(S_low), input_precision=PRECISION)
+            out += tl.dot(p.to(dtype), u.to(dtype), input_precision=PRECISION)
+            _store(o, o_at, cols, t < T, V, out.to(dtype))
+        u = (to_end[:, None] * u).to(dtype)
+        S_t = total * S_t + tl.dot(tl.trans(u), k_t, input_precision=PRECISION)
+    tl.store(S_out + S_at, S_t, mask=S_ok)
+
+
+@jit
+def _backward_kernel(
+    q, k, g, beta, inverse, do, dS_out, dv, dS, dstates, T, NT, H, K, V, k_stride_b, k_stride_t, k_stride_h,
+    READ: tl.constexpr, LATER: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of one head in reverse, for BV columns of S: dV, dS0 and the dS that leaves each chunk.
+
+    READ: o was computed and has a gradient. LATER: the final S has one. Grid: value blocks x B x H.
+    """
+    n_blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0).to(tl.int64)
+    bh, c, i = pid // n_blocks, tl.arange(0, BK), tl.arange(0, C)
+    b, h = bh // H, bh % H
+    cols = pid % n_blocks * BV + tl.arange(0, BV)
+    dtype = k.dtype.element_ty
+    S_at = bh * K * V + c[None, :] * V + cols[:, None]
+    S_ok = (c < K)[None, :] & (cols < V)[:, None]
+    dS_t = tl.load(dS_out + S_at, mask=S_ok, other=0.0) if LATER else tl.zeros((BV, BK), tl.float32)
+    for step in range(NT):
+        chunk = NT - 1 - step
+        t = chunk * C + i
+        gc, from_start, to_end, beta_t, total = _gates(g, beta, b, h, t, T, H, PRECISION)
+        k_at = b * k_stride_b + t * k_stride_t + h * k_stride_h
+        o_at = ((b * T + t) * H + h) * V
+        k_t = _load(k, k_at, c, t < T, K)
+        dS_low = dS_t.to(dtype)
+        _store(dstates, ((bh * NT + chunk) * V + cols) * K, c, cols < V, K, dS_low)
+        du = to_end[:, None] * tl.dot(k_t, tl.trans(dS_low), input_precision=PRECISION)
+        dS_t *= total
+        if READ:
+            q_t = _load(q, k_at, c, t < T, K)
+            do_t = _load(do, o_at, cols, t < T, V)
+            p_t = tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION) * tl.trans(_decay(gc, C))
+            du += tl.dot(p_t.to(dtype), do_t, input_precision=PRECISION)
+            do_t = (from_start[:, None] * do_t).to(dtype)
+            dS_t += tl.dot(tl.trans(do_t), q_t, input_precision=PRECISION)
+        inv_t = tl.load(inverse + (bh * NT + chunk) * C * C + i[:, None] + i[None, :] * C)
+        dr = tl.dot(inv_t, (beta_t[:, None] * du).to(dtype), input_precision=PRECISION)
+        _store(dv, o_at, cols, t < T, V, dr.to(dtype))
+        dr = (from_start[:, None] * dr).to(dtype)
+        dS_t -= tl.dot(tl.trans(dr), k_t, input_precision=PRECISION)
+    tl.store(dS + S_at, dS_t, mask=S_ok)
+
+
+@jit
+def _gradient_kernel(
+    q, k, g, beta, error, states, do, dv, dstates, dq, dk, dg, dbeta, T, NT, H, K, V,
+    k_stride_b, k_stride_t, k_stride_h,
+    READ: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK, dg and dbeta of one chunk, from what the two scans left. Grid: chunks x B x H."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk, b, h, c = pid % NT, pid // NT // H, pid // NT % H, tl.arange(0, BK)
+    t = chunk * C + tl.arange(0, C)
+    w, z = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    a1, a2, m = (tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32))
+    forgotten = tl.zeros((BK,), tl.float32)  # <S0, dS> by column
+    row = (b * T + t) * H + h
+    for block in range(0, V, BV):
+        cols = block + tl.arange(0, BV)
+        e, dr = _load(error, row * V, cols, t < T, V), _load(dv, row * V, cols, t < T, V)
+        S0 = _load(states, (pid * V + cols) * K, c, cols < V, K)
+        dS = _load(dstates, (pid * V + cols) * K, c, cols < V, K)
+        forgotten += tl.sum(S0.to(tl.float32) * dS.to(tl.float32), 0)
+        z += tl.dot(dr, tl.trans(e), input_precision=PRECISION)
+        a2 += tl.dot(dr, S0, input_precision=PRECISION)
+        m += tl.dot(e, dS, input_precision=PRECISION)
+        if READ:
+            do_t = _load(do, row * V, cols, t < T, V)
+            w += tl.dot(do_t, tl.trans(e), input_precision=PRECISION)
+            a1 += tl.dot(do_t, S0, input_precision=PRECISION)
+    gc, from_start, to_end, beta_t, total = _gates(g, beta, b, h, t, T, H, PRECISION)
+    k_at = b * k_stride_b + t * k_stride_t + h * k_stride_h
+    k_t = _load(k, k_at, c, t < T, K)
+    decay = _decay(gc, C)
+    strict = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+    a2 *= from_start[:, None]
+    m *= to_end[:, None]
+    km = tl.sum(k_t * m, 1)
+    z = tl.where(strict, z * decay, 0.0)
+    n = -z * tl.dot(k_t, tl.trans(k_t), input_precision=PRECISION)
+    z = (-z * beta_t[None, :]).to(k_t.dtype)
+    grad_k = beta_t[:, None] * m - a2 + tl.dot(z, k_t, input_precision=PRECISION)
+    grad_k += tl.dot(tl.trans(z), k_t, input_precision=PRECISION)
+    grad_g = -tl.sum(k_t * a2, 1)
+    if READ:
+        q_t = _load(q, k_at, c, t < T, K)
+        a1 *= from_start[:, None]
+        w *= decay
+        n += w * tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+        w = (w * beta_t[None, :]).to(k_t.dtype)
+        grad_k += tl.dot(tl.trans(w), q_t, input_precision=PRECISION)
+        grad_g += tl.sum(q_t * a1, 1)
+        a1 += tl.dot(w, k_t, input_precision=PRECISION)
+        _store(dq, row * K, c, t < T, K, a1.to(k_t.dtype))
+    _store(dk, row * K, c, t < T, K, grad_k.to(k_t.dtype))
+    tl.store(dbeta + row, km + tl.sum(n, 0), mask=t < T)
+    n = tl.where(strict, n * beta_t[None, :], 0.0)
+    grad_g += tl.sum(n, 1) - tl.sum(n, 0)
+    km *= beta_t
+    grad_g = tl.cumsum(grad_g, 0, reverse=True) + (tl.cumsum(km, 0) - km) + total * tl.sum(forgotten, 0)
+    tl.store(dg + row, grad_g, mask=t < T)
+
+
+def _plan(k, v):
+    """What the launches share: chunk C, number of chunks, padded K, value block, precision of float32 products."""
+    T, K, V = k.shape[1], k.shape[-1], v.shape[-1]
+    C = 16 if T <= 16 else 32
+    precision = "tf32x3" if k.dtype == torch.float32 else "tf32"
+    return C, triton.cdiv(T, C), max(16, triton.next_power_of_2(K)), 16 if V <= 16 else 32, precision
+
+
+def _layout(q, k, v):
+    """q and k with the same strides, every last dimension contiguous; copies only where that is not so."""
+    k, v = (a if a.stride(-1) == 1 else a.contiguous() for a in (k, v))
+    if q is not None and q.stride() != k.stride():
+        q, k = q.contiguous(), k.contiguous()
+    return q, k, v
+
+
+def _forward_outputs(q, k, v, g, beta, S):
+    """o (empty without q), the new S, and for the backward: errors, the S that enters each chunk, inverses."""
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    C, NT = _plan(k, v)[:2]
+    empty = functools.partial(torch.empty, device=k.device, dtype=v.dtype)
+    o = empty(0 if q is None else (B, T, H, V))
+    S = empty(B, H, K, V, dtype=torch.float32)
+    return o, S, empty(B, T, H, V), empty(B, H, NT, V, K), empty(B, H, NT, C, C)
+
+
+def _forward(
+    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two launches; returns what _forward_outputs allocates."""
+    o, S_out, error, states, inverse = outputs = _forward_outputs(q, k, v, g, beta, S)
+    q, k, v = _layout(q, k, v)
+    g, beta, S = g.contiguous(), beta.contiguous(), S.contiguous()
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    C, NT, BK, BV, precision = _plan(k, v)
+    options = dict(C=C, BK=BK, PRECISION=precision)
+    _inverse_kernel[(NT * B * H,)](
+        k, g, beta, inverse, T, NT, H, K, *k.stride()[:3], LOG_C=C.bit_length() - 1, num_warps=2, **options
+    )
+    _forward_kernel[(triton.cdiv(V, BV) * B * H,)](
+        q, k, v, g, beta, S, inverse, o, S_out, error, states, T, NT, H, K, V, *k.stride()[:3], *v.stride()[:3],
+        READ=q is not None, BV=BV, num_warps=4, num_stages=2, **options,
+    )  # fmt: skip
+    return outputs
+
+
+def _backward_outputs(q, k, g, beta, error, states, inverse, do, dS_out):
+    """Gradients of q (empty without q), k, v, g, beta and S."""
+    (B, T, H, K), V = k.shape, error.shape[-1]
+    empty = functools.partial(torch.empty, device=k.device)
+    dq = empty(0 if q is None else (B, T, H, K), dtype=k.dtype)
+    dk, dv = empty(B, T, H, K, dtype=k.dtype), empty(B, T, H, V, dtype=k.dtype)
+    return dq, dk, dv, empty(B, T, H), empty(B, T, H), empty(B, H, K, V)
+
+
+def _backward(
+    q: Tensor | None, k: Tensor, g: Tensor, beta: Tensor, error: Tensor, states: Tensor, inverse: Tensor,
+    do: Tensor | None, dS_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Two launches; returns what _backward_outputs allocates. do, dS_out: None if nothing depends on o, on S."""
+    dq, dk, dv, dg, dbeta, dS = outputs = _backward_outputs(q, k, g, beta, error, states, inverse, do, dS_out)
+    q, k, _ = _layout(q, k, error)
+    g, beta = g.contiguous(), beta.contiguous()
+    do, dS_out = (None if a is None else a.contiguous() for a in (do, dS_out))
+    (B, T, H, K), V = k.shape, error.shape[-1]
+    C, NT, BK, BV, precision = _plan(k, error)
+    dstates = torch.empty_like(states)
+    options = dict(READ=do is not None, C=C, BK=BK, BV=BV, PRECISION=precision)
+    _backward_kernel[(triton.cdiv(V, BV) * B * H,)](
+        q, k, g, beta, inverse, do, dS_out, dv, dS, dstates, T, NT, H, K, V, *k.stride()[:3],
+        LATER=dS_out is not None, num_warps=4, num_stages=2, **options,
+    )  # fmt: skip
+    _gradient_kernel[(NT * B * H,)](
+        q, k, g, beta, error, states, do, dv, dstates, dq, dk, dg, dbeta, T, NT, H, K, V, *k.stride()[:3],
+        num_warps=8 if BK > 64 else 4, **options,
+    )  # fmt: skip
+    return outputs
+
+
+# opaque to torch.compile: one node in the graph, no break. The backward is an op of its own for the same reason
+forward_op = torch.library.custom_op("delta_rule::forward", _forward, mutates_args=())
+backward_op = torch.library.custom_op("delta_rule::backward", _backward, mutates_args=())
+forward_op.register_fake(_forward_outputs)
+backward_op.register_fake(_backward_outputs)
+
+
+def _save(ctx, inputs, output):
+    q, k, _, g, beta, _ = inputs
+    ctx.set_materialize_grads(False)  # an unused o or S costs nothing
+    ctx.save_for_backward(q, k, g, beta, *output[2:])
+
+
+def _gradients(ctx, do, dS, *_):
+    q, *saved = ctx.saved_tensors
+    read = q is not None and do is not None
+    dq, *others = backward_op(q if read else None, *saved, do if read else None, dS)
+    return dq if read else None, *others
+
+
+forward_op.register_autograd(_gradients, setup_context=_save)
+
+
+def _triton(q, k, v, g, beta, S):
+    """The fast path on a GPU."""
+    o, S, *_ = forward_op(q, k, v, g, beta, S)
+    return (None if q is None else o), S
+
+
+IMPLEMENTATIONS = {"recurrent": _recurrent, "torch": _chunked, "triton": _triton}
