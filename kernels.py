@@ -401,11 +401,14 @@ def _gradient_kernel(
 
 
 def _plan(k, v):
-    """What the launches share: chunk C, number of chunks, padded K, value block, precision of float32 products."""
+    """What the launches share: number of chunks, number of value blocks, compile-time options."""
     T, K, V = k.shape[1], k.shape[-1], v.shape[-1]
-    C = 16 if T <= 16 else 32
-    precision = "tf32x3" if k.dtype == torch.float32 else "tf32"
-    return C, triton.cdiv(T, C), max(16, triton.next_power_of_2(K)), 16 if V <= 16 else 32, precision
+    exact = k.dtype == torch.float32
+    BK = triton.next_power_of_2(K)
+    C = 16 if T <= 16 or (exact and BK == 128) else 32  # larger tiles of float32 would not fit into registers
+    BV = 16 if V <= 16 else 32
+    options = dict(C=C, BK=BK, BV=BV, PRECISION="tf32x3" if exact else "tf32", num_warps=8 if BK == 128 or exact else 4)
+    return triton.cdiv(T, C), triton.cdiv(V, BV), options
 
 
 def _layout(q, k, v):
@@ -419,7 +422,8 @@ def _layout(q, k, v):
 def _forward_outputs(q, k, v, g, beta, S):
     """o (empty without q), the new S, and for the backward: errors, the S that enters each chunk, inverses."""
     (B, T, H, K), V = k.shape, v.shape[-1]
-    C, NT = _plan(k, v)[:2]
+    NT, _, options = _plan(k, v)
+    C = options["C"]
     empty = functools.partial(torch.empty, device=k.device, dtype=v.dtype)
     o = empty(0 if q is None else (B, T, H, V))
     S = empty(B, H, K, V, dtype=torch.float32)
@@ -434,14 +438,15 @@ def _forward(
     q, k, v = _layout(q, k, v)
     g, beta, S = g.contiguous(), beta.contiguous(), S.contiguous()
     (B, T, H, K), V = k.shape, v.shape[-1]
-    C, NT, BK, BV, precision = _plan(k, v)
-    options = dict(C=C, BK=BK, PRECISION=precision)
+    NT, blocks, options = _plan(k, v)
+    C, BK, precision = (options[name] for name in ("C", "BK", "PRECISION"))
     _inverse_kernel[(NT * B * H,)](
-        k, g, beta, inverse, T, NT, H, K, *k.stride()[:3], LOG_C=C.bit_length() - 1, num_warps=2, **options
-    )
-    _forward_kernel[(triton.cdiv(V, BV) * B * H,)](
+        k, g, beta, inverse, T, NT, H, K, *k.stride()[:3],
+        C=C, LOG_C=C.bit_length() - 1, BK=BK, PRECISION=precision, num_warps=2,
+    )  # fmt: skip
+    _forward_kernel[(blocks * B * H,)](
         q, k, v, g, beta, S, inverse, o, S_out, error, states, T, NT, H, K, V, *k.stride()[:3], *v.stride()[:3],
-        READ=q is not None, BV=BV, num_warps=4, num_stages=2, **options,
+        READ=q is not None, num_stages=2, **options,
     )  # fmt: skip
     return outputs
 
@@ -465,16 +470,15 @@ def _backward(
     g, beta = g.contiguous(), beta.contiguous()
     do, dS_out = (None if a is None else a.contiguous() for a in (do, dS_out))
     (B, T, H, K), V = k.shape, error.shape[-1]
-    C, NT, BK, BV, precision = _plan(k, error)
+    NT, blocks, options = _plan(k, error)
     dstates = torch.empty_like(states)
-    options = dict(READ=do is not None, C=C, BK=BK, BV=BV, PRECISION=precision)
-    _backward_kernel[(triton.cdiv(V, BV) * B * H,)](
+    _backward_kernel[(blocks * B * H,)](
         q, k, g, beta, inverse, do, dS_out, dv, dS, dstates, T, NT, H, K, V, *k.stride()[:3],
-        LATER=dS_out is not None, num_warps=4, num_stages=2, **options,
+        READ=do is not None, LATER=dS_out is not None, num_stages=2, **options,
     )  # fmt: skip
     _gradient_kernel[(NT * B * H,)](
         q, k, g, beta, error, states, do, dv, dstates, dq, dk, dg, dbeta, T, NT, H, K, V, *k.stride()[:3],
-        num_warps=8 if BK > 64 else 4, **options,
+        READ=do is not None, num_stages=1, **options,
     )  # fmt: skip
     return outputs
 
