@@ -22,6 +22,8 @@ Read next: kernels.py
 
 import argparse
 import math
+import os
+import subprocess
 
 import numpy as np
 import torch
@@ -468,6 +470,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def git_commit():
+    """The commit of this code, "-dirty" if it was edited since; "unknown" outside a git checkout."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main():

@@ -27,7 +27,12 @@ Read next: model.py, and the rest of this file at the end
 """
 
 import functools
+import itertools
+import json
 import os
+import platform
+import sys
+import time
 from types import SimpleNamespace
 
 import torch
@@ -513,3 +518,173 @@ def _triton(q, k, v, g, beta, S):
 
 
 IMPLEMENTATIONS = {"recurrent": _recurrent, "torch": _chunked, "triton": _triton}
+
+
+# -----------------------------------------------------------------------------
+# the benchmark: python kernels.py [--json FILE]
+
+SHAPES = {  # B, T, H, K, V
+    "one token": (256, 1, 8, 64, 64),
+    "Rule 110": (512, 24, 4, 64, 64),
+    "Depo": (128, 75, 8, 64, 64),
+    "GSM": (16, 2000, 12, 96, 256),
+    "long": (8, 8192, 16, 128, 128),
+}
+
+
+def random_inputs(B, T, H, K, V, dtype, device):
+    """Arguments of delta_rule as a trained layer gives them: unit keys, decays near 1."""
+    normal = functools.partial(torch.randn, device=device)
+    q, k = (F.normalize(normal(B, T, H, K), dim=-1).to(dtype) for _ in "qk")
+    g, beta = -torch.rand(B, T, H, device=device).square(), torch.rand(B, T, H, device=device)
+    return [a.requires_grad_() for a in (q, k, normal(B, T, H, V).to(dtype), g, beta, normal(B, H, K, V))]
+
+
+def peer():
+    """flash-linear-attention's kernel with our signature, or None if it is not installed."""
+    try:
+        import fla.ops.common.chunk_o
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    # its backward refuses Hopper with Triton < 3.7.1, where its dk can be wrong; as a peer in time it still serves
+    fla.ops.common.chunk_o.IS_NVIDIA_HOPPER = False
+    return lambda q, k, v, g, beta, S: chunk_gated_delta_rule(
+        q, k, v, g, beta, scale=1.0, initial_state=S, output_final_state=True
+    )
+
+
+def floor_seconds(shape, itemsize, backward, bandwidth, flops):
+    """The least time for one call: every input read and output written once, or the products of the recurrence."""
+    B, T, H, K, V = shape
+    tokens, states = B * T * H, 4 * B * H * K * V
+    moved = tokens * (itemsize * (2 * K + 2 * V) + 8) + 2 * states
+    work = 6 * tokens * K * V
+    if backward:  # reads q, k, v, do, g, beta, S, dS; writes six gradients
+        moved += tokens * (itemsize * (4 * K + 3 * V) + 16) + 3 * states
+        work *= 3
+    return max(moved / bandwidth, work / flops)
+
+
+def measure(call, device, budget=1.0):
+    """Seconds per call as (median, first quartile, third quartile): at least 3 samples, as many as fit the budget.
+
+    On a GPU a sample is a batch of calls, so that it contains what the host needs to launch them and no idle time.
+    """
+
+    def sample(n):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+
+    sample(2)  # compiles, allocates
+    once = sample(1)
+    n = max(1, int(0.02 / once)) if device == "cuda" else 1
+    samples = sorted(sample(n) for _ in range(max(3, min(30, int(budget / (once * n))))))
+    return tuple(samples[round(f * (len(samples) - 1))] for f in (0.5, 0.25, 0.75))
+
+
+def graphed(call):
+    """The same call, replayed from a CUDA graph: what the GPU alone takes."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def machine_limits(device, dtype):
+    """Measured here and now: bytes per second of a large copy, FLOPs per second of a large matrix product."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    big = torch.empty(2**28 if device == "cuda" else 2**26, device=device)
+    out = torch.empty_like(big)
+    copy = measure(lambda: out.copy_(big), device)[0]
+    return 2 * 4 * big.numel() / copy, 2 * n**3 / measure(lambda: a @ a, device)[0]
+
+
+def benchmark(device, dtype, names):
+    """Rows for every shape, implementation and direction, with and without CUDA graph; times in seconds."""
+    rules = {impl: functools.partial(delta_rule, impl=impl) for impl in ("recurrent", "torch")}
+    if device == "cuda":
+        rules |= {"triton": functools.partial(delta_rule, impl="triton"), "fla": peer()}
+    limits, rows = machine_limits(device, dtype), []
+    for name, impl, backward in itertools.product(names, rules, (False, True)):
+        shape, rule = SHAPES[name], rules[impl]
+        B, T, H, K, V = shape
+        if rule is None or (impl == "recurrent" and 4 * B * T * H * K * V > 8e9):
+            continue  # the definition keeps S at every token
+        inputs = random_inputs(*shape, dtype, device)
+        weights = [torch.randn_like(a) for a in (inputs[2], inputs[5])]  # like o, like S
+
+        def call():
+            with torch.set_grad_enabled(backward):
+                outputs = rule(*inputs)
+                return torch.autograd.grad(outputs, inputs, weights) if backward else outputs
+
+        least = floor_seconds(shape, dtype.itemsize, backward, *limits)
+        for graph in (False, True) if device == "cuda" else (False,):
+            try:
+                median, low, high = measure(graphed(call) if graph else call, device)
+            except RuntimeError as error:  # fla may refuse to be captured; any of them may be out of memory
+                print(f"{name}, {impl}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
+            rows.append(row | {"floor": least, "ratio": median / least})
+            print(f"{name}, {impl}, backward={backward}, graph={graph}: {1e6 * median:,.0f} us", file=sys.stderr)
+    return {"bandwidth": limits[0], "flops": limits[1], "rows": rows}
+
+
+def benchmark_table(rows):
+    """Markdown: a line per shape, direction and launch, a column per implementation; microseconds, times the floor."""
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    lines = [f"| B, T, H, K, V | | floor | {' | '.join(impls)} |", "| --- | --- | --: |" + " --: |" * len(impls)]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["shape"], row["backward"], row["graph"]), {})[row["impl"]] = row
+    for (shape, backward, graph), found in groups.items():
+        what = ("forward + backward" if backward else "forward") + (", graph" if graph else "")
+        cells = [f"{1e6 * r['median']:,.0f} ({r['ratio']:.1f})" if (r := found.get(i)) else "" for i in impls]
+        floor = next(iter(found.values()))["floor"]
+        size = ", ".join(map(str, SHAPES[shape]))
+        lines.append(f"| {shape}: {size} | {what} | {1e6 * floor:,.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    """Benchmark this machine: a Markdown table on stdout, everything in --json."""
+    from data import Parser, git_commit
+
+    parser = Parser(description="Benchmark the delta rule: bfloat16 on a GPU, float32 on one thread of a CPU.")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
+    parser.add_argument("--json", help="write all numbers to this file")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()}, 1 thread)",
+        "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)},
+        "commit": git_commit(),
+    }
+    found |= benchmark(device, torch.bfloat16 if device == "cuda" else torch.float32, args.shapes)
+    print(
+        f"{found['device']}: copies {found['bandwidth'] / 1e9:,.0f} GB/s, products {found['flops'] / 1e9:,.0f} GFLOP/s"
+    )
+    print("Microseconds per call, in brackets the multiple of the floor.\n")
+    print(benchmark_table(found["rows"]))
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(found, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

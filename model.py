@@ -144,7 +144,7 @@ class ShortConv(nn.Module):
         T, taps = x.shape[1], self.weight.shape[1]
         x = F.pad(x, (0, 0, taps - 1, 0)) if history is None else torch.cat((history, x), 1)
         y = sum(x[:, j : j + T] * self.weight[:, j] for j in range(taps))
-        return F.silu(y), x[:, T:]
+        return F.silu(y).to(x.dtype), x[:, T:]  # the weights are float32, x may not be
 
 
 class GatedDeltaNet(nn.Module):
@@ -167,6 +167,15 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(d // config.n_head)
         self.out_proj = nn.Linear(d, d, bias=False)
 
+    def zero_S(self, x):
+        """S at the start of a sequence, (B, H, K, V), for features x (B, T, d_model).
+
+        Nobody asks for its gradient, but with one the first pass is a pass like any other: one compilation for both.
+        """
+        dim = x.shape[-1] // self.n_head
+        S = torch.zeros(x.shape[0], self.n_head, dim, dim, dtype=self.A_log.dtype, device=x.device)
+        return S.requires_grad_(torch.is_grad_enabled())
+
     def gates(self, x):
         """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H) and at least float32."""
         a, b = self.a_proj(x).to(self.A_log.dtype), self.b_proj(x).to(self.A_log.dtype)
@@ -185,12 +194,11 @@ class GatedDeltaNet(nn.Module):
         v, history_v = self.conv_v(self.v_proj(x), history[2])
         k, v = l2norm(k.view(heads)), v.view(heads)  # (B, T, H, K), (B, T, H, V)
         g, beta = self.gates(x)
-        S = state.S if state.S is not None else g.new_zeros(B, self.n_head, k.shape[-1], v.shape[-1])
         if write_only:
-            return None, LayerState(S=delta_rule(None, k, v, g, beta, S)[1])
+            return None, LayerState(S=delta_rule(None, k, v, g, beta, state.S)[1])
         q, history_q = self.conv_q(self.q_proj(x), history[0])
         q = l2norm(q.view(heads)) * k.shape[-1] ** -0.5
-        o, S = delta_rule(q, k, v, g, beta, S)
+        o, S = delta_rule(q, k, v, g, beta, state.S)
         o = self.norm(o) * F.silu(self.gate_proj(x)).view(heads)
         return self.out_proj(o.flatten(2)), LayerState(S=S, conv=(history_q, history_k, history_v))
 
@@ -273,6 +281,8 @@ class Model(nn.Module):
         layers = range(len(self.layers)) if layers is None else layers
         state = list(state)
         for i in layers:
+            if self.layers[i].kind == "D" and state[i].S is None:
+                state[i] = state[i]._replace(S=self.layers[i].mixer.zero_S(h))
             past = 0 if state[i].k is None else state[i].k.shape[1]
             h, state[i] = self.layers[i](h, state[i], self.rope(past + h.shape[1], h), write_only and i == layers[-1])
         return h, state

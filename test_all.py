@@ -37,7 +37,7 @@ import kernels
 import train
 from data import Depo, Rule110
 from kernels import delta_rule
-from model import LayerState, Model, ModelConfig
+from model import Attention, LayerState, Model, ModelConfig
 from sleep import Algorithm1, Chunk, evict, generate, passes, sleep, split_chunks
 
 HERE = Path(__file__).resolve().parent
@@ -552,6 +552,21 @@ def test_kernel_triton_says_what_it_cannot_do(wrong, monkeypatch):
     with pytest.raises(ValueError, match="triton"):
         delta_rule(**inputs, impl="triton")
     assert kernels.pick_impl(inputs["k"], inputs["v"]) == "torch"
+
+
+def test_kernel_benchmark_measures_every_path(tmp_path, monkeypatch, capsys):
+    """`python kernels.py` breaks, or its table misses an implementation."""
+    monkeypatch.setattr(kernels, "SHAPES", {"small": (2, 5, 2, 16, 8)})
+    monkeypatch.setattr(kernels, "machine_limits", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(tmp_path / "k.json")])
+    kernels.main()
+    found = json.loads((tmp_path / "k.json").read_text())
+    wanted = {(impl, backward) for impl in ("recurrent", "torch") for backward in (False, True)}
+    assert {(row["impl"], row["backward"]) for row in found["rows"]} >= wanted
+    moved = 2 * 5 * 2 * ((2 * 16 + 2 * 8) * (2 if torch.cuda.is_available() else 4) + 8) + 2 * 4 * 2 * 2 * 16 * 8
+    assert found["rows"][0]["floor"] == pytest.approx(moved / 1e9)
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in found["rows"])
+    assert "| small: 2, 5, 2, 16, 8 | forward + backward |" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
@@ -1382,7 +1397,8 @@ def test_train_resumed_run_is_the_uninterrupted_run_compiled(tmp_path, monkeypat
         assert_resumes_exactly(flags, tmp_path, monkeypatch)
         if "cannot compile" in capsys.readouterr().err:
             pytest.skip("no compiler on this machine")
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        # prediction, and the sleeping pass that only writes: the first and the later steps and runs share them
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
         saved = torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
         assert saved["model"].keys() == train.Trainer(config_of(flags, "--no-compile")).model.state_dict().keys()
     finally:
@@ -1493,6 +1509,28 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     assert_same(found[1], found[0], 1e-5)
 
 
+@pytest.mark.parametrize("flags", (RULE110, DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2"))
+def test_train_flops_are_those_of_the_layers_that_run(flags):
+    """A layer that runs is not counted, or a dead one is: the utilisation that a run reports is wrong."""
+    config = config_of(flags, "--batch", "3")
+    trainer, counted = train.Trainer(config), []
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, args, y: counted.append(2 * args[0].numel() * m.out_features))
+        elif isinstance(module, Attention):  # the causal half of two (T, T) by (T, d) products
+            module.register_forward_hook(lambda m, args, y: counted.append(2 * args[0].shape[1] * args[0].numel()))
+    rules = []
+
+    def counting(q, k, v, g, beta, S):
+        rules.append((2 + (q is not None)) * 2 * S[0, 0].numel() * g.numel())
+        return delta_rule(q, k, v, g, beta, S)
+
+    x, y, m = trainer.task.batch(0, "train", 0, 3)
+    with mock.patch("model.delta_rule", counting):
+        trainer.algorithm(x, y, m, split_chunks(m, config.L))
+    assert train.flops_per_step(config) == 3 * (sum(counted) + sum(rules))
+
+
 def shell(*argv, **environment):
     """Run python with these arguments in the repository, as a user would; returns what it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
@@ -1532,7 +1570,7 @@ def test_train_learns(tmp_path):
 
 ROOMS = {
     "data": set(),
-    "kernels": set(),
+    "kernels": {"data"},  # its benchmark reads the command line
     "model": {"kernels"},
     "sleep": {"model"},
     "eval": {"data", "model", "sleep"},

@@ -22,7 +22,6 @@ import platform
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser
+from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit
 from eval import (
     BATCH,
     build_task,
@@ -48,8 +47,9 @@ from eval import (
     read_log,
     write_json,
 )
+from kernels import pick_impl, why_not_triton
 from model import Model
-from sleep import Algorithm1, scored_part, split_chunks
+from sleep import Algorithm1, passes, scored_part, split_chunks
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -108,14 +108,15 @@ class Config:
     save_every: int = flag(500, "steps between checkpoints")
     device: str = flag("auto", "cpu, cuda, mps or auto")
     compile: bool = flag(True, "compile the blocks; --no-compile for eager")
+    cuda_graph: bool = flag(True, "on one GPU: record forward and backward once and replay them")
     threads: int = flag(1, "CPU threads; two help small models on an idle machine only, and hurt on a busy one")
     out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
     resume: bool = flag(False, "go on from the checkpoint in the run directory")
 
 
 # a resumed run may change these: they do not define what is learnt (device, compile and threads round differently)
-FREE = {"minutes", "device", "threads", "resume", "compile", "checkpoint", "save_every", "log_every", "out"}
-FREE |= {"eval_every", "eval_n", "test_n"}
+FREE = {"minutes", "device", "threads", "resume", "compile", "cuda_graph", "checkpoint", "out"}
+FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n"}
 
 PRESETS = {
     "rule110": {
@@ -239,6 +240,8 @@ class Batches:
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
+        if self.device == "cuda":  # pinned memory is copied while the GPU computes
+            mine = [[a.pin_memory() for a in part] for part in mine]
         return [(x, y, m, split_chunks(m, self.config.L)) for x, y, m in zip(*mine)], count
 
     def get(self, step):
@@ -247,6 +250,40 @@ class Batches:
         self.next = {step + 1: self.pool.submit(self._make, step + 1)}
         micro, count = future.result()
         return [(*(a.to(self.device, non_blocking=True) for a in b[:3]), b[3]) for b in micro], count
+
+
+class CudaGraph:
+    """Forward, backward and clipping recorded on the GPU: a replay costs one launch instead of thousands.
+
+    The optimizers stay outside, because a graph would freeze their learning rates.
+    """
+
+    def __init__(self, trainer, micro, count):
+        self.parameters = list(trainer.model.parameters())
+        self.micro = [(*(a.clone() for a in b[:3]), b[3]) for b in micro]
+        self.count = torch.tensor(count, dtype=torch.float32, device=trainer.config.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compilation and lazy initialisation are not for recording
+                trainer.gradients(self.micro, self.count)
+                trainer.model.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = trainer.gradients(self.micro, self.count)
+        self.grads = [p.grad for p in self.parameters]  # the graph's own memory: a replay writes them there
+
+    def replay(self, micro, count):
+        """What gradients(micro, count) would return and leave in the parameters' grad."""
+        for mine, new in zip(self.micro, micro):
+            for a, b in zip(mine[:3], new[:3]):
+                a.copy_(b, non_blocking=True)
+        self.count.fill_(count)
+        for p, grad in zip(self.parameters, self.grads):
+            p.grad = grad
+        self.graph.replay()
+        return {name: a.clone() for name, a in self.out.items()}  # the next replay overwrites them
 
 
 class Trainer:
@@ -263,6 +300,7 @@ class Trainer:
         self.algorithm = DistributedDataParallel(algorithm) if ranks > 1 else algorithm
         if config.compile:
             self.model.compile_blocks()
+        self.graphs = {} if config.cuda_graph and config.device == "cuda" and ranks == 1 else None
 
     def forward_backward(self, micro, count):
         """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch."""
@@ -281,10 +319,22 @@ class Trainer:
             dist.all_reduce(total)
         return {"loss": total[0], "accuracy": total[1], **stats}
 
+    def gradients(self, micro, count):
+        """forward_backward and clipping. Returns its scalars and the norm of the gradient before clipping."""
+        out = self.forward_backward(micro, count)
+        return out | {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)}
+
+    def replayed_gradients(self, micro, count):
+        """gradients(), captured as a CUDA graph once for each sequence of shapes and chunks, then replayed."""
+        key = tuple((x.shape, tuple(chunks)) for x, _, _, chunks in micro)
+        if key not in self.graphs:
+            self.graphs[key] = CudaGraph(self, micro, count)
+        return self.graphs[key].replay(micro, count)
+
     def train_step(self, micro, count):
         """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm): no host sync here."""
-        out = self.forward_backward(micro, count)
-        out["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        gradients = self.gradients if self.graphs is None else self.replayed_gradients
+        out = gradients(micro, count)
         for optimizer, lr in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(self.step, self.config)
@@ -471,20 +521,43 @@ def validate(trainer, log):
         log.write({"kind": "val"} | counters | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
-def git_commit():
-    """The commit of this code, "-dirty" if it was edited since; "unknown" outside a git checkout."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def device_name(config):
     """What the run computes on, for people."""
     if config.device == "cuda":
         return torch.cuda.get_device_name()
     return f"{config.device} ({platform.machine()}, {config.threads} of {os.cpu_count()} cores)"
+
+
+def block_flops(model, kind, T, write_only=False):
+    """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
+
+    Attention: the causal half of Q K' and of P V. Delta rule: 2 K V per token and head to predict, to write, to read.
+    """
+    d, head_dim = model.d_model, model.d_model // model.n_head
+    if write_only:
+        return T * (2 * (2 * d * d + 2 * d * model.n_head) + 4 * d * head_dim)
+    mlp = 3 * d * model.d_mlp
+    if kind == "A":
+        return T * (2 * (2 * d * d + 2 * d * head_dim * model.n_kv_head + mlp) + 2 * T * d)
+    return T * (2 * (5 * d * d + 2 * d * model.n_head + mlp) + 6 * d * head_dim)
+
+
+def flops_per_step(config):
+    """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count."""
+    task = build_task(dataclasses.asdict(config))
+    model = model_config(dataclasses.asdict(config), task)
+    total = 0
+    for start, stop, predicts in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
+        T = stop - start
+        if predicts:
+            total += (
+                sum(block_flops(model, kind, T) for kind in model.pattern) + 2 * T * model.d_model * model.vocab_size
+            )
+            continue
+        order = sum(passes(model.pattern, config.N, parse_loop(config.loop)), [])
+        total += sum(block_flops(model, model.pattern[i], T) for i in order[:-1])
+        total += block_flops(model, model.pattern[order[-1]], T, write_only=True)
+    return 3 * total * config.batch
 
 
 def provenance(trainer):
@@ -498,6 +571,7 @@ def provenance(trainer):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "ranks": trainer.ranks,
         "n_params": trainer.model.n_params(),
+        "flops_per_step": flops_per_step(config),
     }
 
 
@@ -534,7 +608,9 @@ def finish(trainer, log):
     log.bar.close()
     print(f"\n{config.test_n} problems never seen in training:\n")
     print(markdown_table(test["rows"]))
-    print(f"\ntraining time: {trainer.seconds / 60:.1f} min ({1000 * trainer.seconds / trainer.step:.0f} ms per step)")
+    per_step = trainer.seconds / trainer.step
+    rate = result["flops_per_step"] / per_step / 1e9
+    print(f"\ntraining time: {trainer.seconds / 60:.1f} min ({1000 * per_step:.0f} ms per step, {rate:,.0f} GFLOP/s)")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
     print(f"next:          python eval.py {config.out}")
 
@@ -544,6 +620,9 @@ def announce(trainer):
     config = trainer.config
     size = f"{trainer.model.n_params():,} parameters"
     print(f"device {device_name(config)}; preset {config.preset}; {size}; run directory {config.out}")
+    k = torch.empty(1, 1, 1, config.d_model // config.n_head, device=config.device)
+    reason = why_not_triton(k, k)
+    print(f"delta rule: {pick_impl(k, k)}" + (f" (not triton: {reason})" if reason else ""))
     shown = {
         k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
     }
