@@ -96,6 +96,14 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+def attention_mask(T, past, window, device):
+    """Which of `past` cached and T new tokens each new one sees, (T, past + T) bool; None if plain causal will do."""
+    if not past and (window is None or T <= window):
+        return None
+    mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+    return mask if window is None else mask.triu(past + 1 - window)
+
+
 class Attention(nn.Module):
     """Causal RoPE attention over the kept cache and the new tokens; grouped heads; q and k RMS-normalised per head."""
 
@@ -109,8 +117,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim)
         self.out_proj = nn.Linear(config.n_head * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x, state, rope):
-        """x (B, T, d_model) -> (B, T, d_model) and the state with x's keys and values appended to its cache."""
+    def forward(self, x, state, rope, mask):
+        """x (B, T, d_model) -> (B, T, d_model) and the state with x's keys and values appended to its cache.
+
+        rope: cos and sin for the cache and x; mask: (T, P+T) bool of who sees whom, None for causal without a cache.
+        """
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, n_head, K)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, n_kv_head, K)
@@ -120,13 +131,12 @@ class Attention(nn.Module):
             k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)  # (B, P+T, n_kv_head, K)
         cos, sin = rope  # (P+T, 1, K/2): positions count from the start of the kept cache
         query, key = rotate(q, cos[past:], sin[past:]), rotate(k, cos, sin)
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
         o = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=not past,
+            is_causal=mask is None,
             enable_gqa=q.shape[2] != k.shape[2],
         )  # (B, n_head, T, K)
         return self.out_proj(o.transpose(1, 2).flatten(2)), LayerState(k=k, v=v)
@@ -228,10 +238,13 @@ class Block(nn.Module):
         self.norm_mlp = RMSNorm(config.d_model)
         self.mlp = MLP(config)
 
-    def forward(self, h, state, rope, write_only=False):
-        """h (B, T, d_model) -> h, new LayerState. write_only (delta blocks): only S is computed, h comes back None."""
+    def forward(self, h, state, rope=None, mask=None, write_only=False):
+        """h (B, T, d_model) -> h, new LayerState. rope, mask: an attention block's; write_only: a delta block's.
+
+        With write_only, only S is computed, and h comes back None.
+        """
         x = self.norm_mixer(h)
-        y, state = self.mixer(x, state, rope) if self.kind == "A" else self.mixer(x, state, write_only)
+        y, state = self.mixer(x, state, rope, mask) if self.kind == "A" else self.mixer(x, state, write_only)
         if write_only:
             return None, state
         h = h + y
@@ -271,20 +284,25 @@ class Model(nn.Module):
         """The state at the start of a sequence: one empty LayerState per block."""
         return [LayerState() for _ in self.layers]
 
-    def blocks(self, h, state, layers=None, write_only=False):
+    def blocks(self, h, state, layers=None, write_only=False, window=None):
         """Run some of the blocks once, in order.
 
         h (B, T, d_model); state: a LayerState per block of the model; layers: the indices to run, all by default.
         write_only: the last of them is a delta block of which only the write to S is wanted; h comes back None.
+        window: tokens that attention sees, itself included; None for all that are in the cache.
         Returns h and a new state in which the blocks that did not run keep theirs. `state` itself is not changed.
         """
         layers = range(len(self.layers)) if layers is None else layers
-        state = list(state)
+        state, T = list(state), h.shape[1]
         for i in layers:
-            if self.layers[i].kind == "D" and state[i].S is None:
+            if self.layers[i].kind == "A":
+                past = 0 if state[i].k is None else state[i].k.shape[1]
+                mask = attention_mask(T, past, window, h.device)
+                h, state[i] = self.layers[i](h, state[i], self.rope(past + T, h), mask)
+                continue
+            if state[i].S is None:
                 state[i] = state[i]._replace(S=self.layers[i].mixer.zero_S(h))
-            past = 0 if state[i].k is None else state[i].k.shape[1]
-            h, state[i] = self.layers[i](h, state[i], self.rope(past + h.shape[1], h), write_only and i == layers[-1])
+            h, state[i] = self.layers[i](h, state[i], write_only=write_only and i == layers[-1])
         return h, state
 
     def rope(self, length, h):

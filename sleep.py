@@ -8,6 +8,7 @@ A window with scored tokens is answered in ONE ordinary pass that knows the past
 Read next: eval.py
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,17 +45,37 @@ def split_chunks(m, L):
     return chunks
 
 
-def evict(state):
-    """Hard eviction: KV caches and convolution histories go, the fast weights S stay, and gradients flow through S."""
-    return [LayerState(S=layer.S) for layer in state]
+EVICTIONS = ("hard", "sliding", "all")
 
 
-def passes(pattern, N, loop=None):
+def kept_tokens(eviction, L):
+    """How many tokens of attention cache survive an eviction: none (the paper's main setting), L - 1, or all."""
+    return {"hard": 0, "sliding": L - 1, "all": math.inf}[eviction]
+
+
+def evict(state, keep=0):
+    """The fast weights S stay, caches and convolution histories go, but for the last `keep` tokens of the cache.
+
+    keep = 0 is hard eviction. With more, the convolution's history stays too: the sequence goes on. Gradients flow
+    through all that stays.
+    """
+    if not keep:
+        return [LayerState(S=layer.S) for layer in state]
+    cut = slice(None if math.isinf(keep) else -keep, None)
+    return [layer if layer.k is None else layer._replace(k=layer.k[:, cut], v=layer.v[:, cut]) for layer in state]
+
+
+def window_of(keep):
+    """The tokens attention sees, itself included, or None for all: a sliding window slides, a hard one just ends."""
+    return keep + 1 if 0 < keep < math.inf else None
+
+
+def passes(pattern, N, loop=None, keep=0):
     """The block indices of each of N passes over a sleeping chunk.
 
     loop: (first, last+1) of the looped blocks, all by default: the first pass enters through the blocks before them
-    (prelude), the last one leaves through those behind (coda). Raises ValueError if N < 1, if the range does not fit
-    the pattern, or if N > 1 and no delta block is looped.
+    (prelude), the last one leaves through those behind (coda). keep: as in evict(). Raises ValueError if N < 1, if the
+    range does not fit the pattern, or if N > 1 and no delta block is looped.
     """
     first, last = loop or (0, len(pattern))
     if N < 1:
@@ -67,41 +88,46 @@ def passes(pattern, N, loop=None):
     order[0] = list(range(first)) + order[0]
     order[-1] = order[-1] + list(range(last, len(pattern)))
     # not in the paper: what would come after the last write to a fast weight is dead, because nobody sees its features
-    while pattern[order[-1][-1]] != "D":
+    while not keep and pattern[order[-1][-1]] != "D":
         order[-1].pop()
     return order
 
 
-def sleep(model, h, state, N, loop=None, use_checkpoint=False):
-    """Lines 6 and 7: N passes over one chunk; returns the state with S rewritten and everything else evicted.
+def sleep(model, h, state, N, loop=None, use_checkpoint=False, keep=0):
+    """Lines 6 and 7: N passes over one chunk; returns the state with S rewritten and the rest evicted as `keep` says.
 
-    h (B, T, d_model): the embedded chunk. use_checkpoint: keep only h and S of each pass for the backward, recompute
-    the rest; memory then grows with N by one h and one S per pass. Also returns the features that entered the last
-    pass.
+    h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
+    pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass. Also returns the
+    features that entered the last pass.
     """
-    order = passes(model.config.pattern, N, loop)
-    for n, layers in enumerate(order, 1):
+    old, state = evict(state, keep), list(state)
+    for n, layers in enumerate(passes(model.config.pattern, N, loop, keep), 1):
         fed_back = h
-        # every pass starts with an empty cache and no convolution history: only h and S go from pass to pass
+        # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
+        # which under hard eviction are empty
         # not in the paper: that the convolution's history is not kept between passes
-        args = h, evict(state), layers, n == N  # the last pass ends with its last write to S
+        start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
+        # under hard eviction the last pass ends with its last write to S
+        args = h, start, layers, n == N and not keep, window_of(keep)
         if use_checkpoint and torch.is_grad_enabled():
-            h, state = checkpoint(model.blocks, *args, use_reentrant=False)
+            h, new = checkpoint(model.blocks, *args, use_reentrant=False)
         else:
-            h, state = model.blocks(*args)
-    return evict(state), fed_back
+            h, new = model.blocks(*args)
+        for i in layers:
+            state[i] = new[i]
+    return evict(state, keep), fed_back
 
 
 class Algorithm1(nn.Module):
     """Training with hard eviction: one forward is lines 1 to 11 for a batch, so that line 14 is loss.backward().
 
-    N: sleep passes per chunk (1 is the ordinary hybrid); loop and use_checkpoint as in sleep().
+    N: sleep passes per chunk (1 is the ordinary hybrid); loop, use_checkpoint and keep as in sleep().
     """
 
-    def __init__(self, model, N, loop=None, use_checkpoint=False):
+    def __init__(self, model, N, loop=None, use_checkpoint=False, keep=0):
         super().__init__()
         passes(model.config.pattern, N, loop)  # refuse a bad N or loop now, not in the first step
-        self.model, self.N, self.loop, self.use_checkpoint = model, N, loop, use_checkpoint
+        self.model, self.N, self.loop, self.use_checkpoint, self.keep = model, N, loop, use_checkpoint, keep
 
     def logits(self, x, chunks):
         """x (B, T) ids, chunks from split_chunks -> logits of the prediction chunks only, (B, T_pred, vocab_size).
@@ -113,10 +139,12 @@ class Algorithm1(nn.Module):
         for start, stop, predicts in chunks:  # line 3
             e = self.model.embed(x[:, start:stop])  # line 4
             if predicts:
-                y, state = self.model.blocks(e, evict(state))  # line 10: one pass, empty cache, still writing S
+                # line 10: one pass, still writing S; the cache is what the last eviction left
+                y, state = self.model.blocks(e, evict(state, self.keep), window=window_of(self.keep))
                 logits.append(self.model.head(y))
             else:
-                state, h = sleep(self.model, e, state, self.N, self.loop, self.use_checkpoint)  # lines 6, 7
+                args = self.N, self.loop, self.use_checkpoint, self.keep
+                state, h = sleep(self.model, e, state, *args)  # lines 6, 7
         with torch.no_grad():
             S = torch.cat([layer.S.flatten() for layer in state if layer.S is not None])
             stats = {"h_rms": rms(e if h is None else h), "S_rms": rms(S)}
@@ -145,20 +173,22 @@ def scored_part(a, chunks):
 
 
 @torch.no_grad()
-def generate(model, context, question, max_new, N, L, loop=None):
+def generate(model, context, question, max_new, N, L, loop=None, keep=0):
     """Sleep over `context` in windows of at most L tokens, then answer `question` greedily, one pass per new token.
 
     context (B, T), question (B, T_q), ids; returns the max_new answer ids, (B, max_new). The question's window is an
-    ordinary one: its own cache, the past through S alone. Raises ValueError if question and answer exceed L tokens.
+    ordinary one: its own cache, the past through S and what `keep` left. Raises ValueError if question and answer
+    exceed L tokens.
     """
     if question.shape[1] < 1 or max_new < 1 or question.shape[1] + max_new - 1 > L:
         raise ValueError(f"a question of {question.shape[1]} and an answer of {max_new} tokens must fit in L = {L}")
     state = model.initial_state()
     for start in range(0, context.shape[1], L):
-        state, _ = sleep(model, model.embed(context[:, start : start + L]), state, N, loop)
+        state, _ = sleep(model, model.embed(context[:, start : start + L]), state, N, loop, keep=keep)
     answer, x, past = [], question, 0
     for _ in range(max_new):
-        h, state = model.blocks(model.embed(x, past), state)  # the cache stays: this is inside one chunk
+        # the cache stays: this is inside one chunk
+        h, state = model.blocks(model.embed(x, past), state, window=window_of(keep))
         past += x.shape[1]
         x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
         answer.append(x)

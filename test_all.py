@@ -38,7 +38,7 @@ import train
 from data import Depo, Rule110
 from kernels import delta_rule
 from model import Attention, LayerState, Model, ModelConfig
-from sleep import Algorithm1, Chunk, evict, generate, passes, sleep, split_chunks
+from sleep import Algorithm1, Chunk, evict, generate, kept_tokens, passes, sleep, split_chunks
 
 HERE = Path(__file__).resolve().parent
 
@@ -110,12 +110,10 @@ def ref_rope(x, position):
     return torch.cat((z.real, z.imag), -1)
 
 
-def ref_attention(w, x, position, chunk, n_head, S):
-    """Softmax attention, one query head at a time, inside blocks of equal `chunk` and never forward in time."""
+def ref_attention(w, x, position, allowed, past, n_head, S):
+    """Softmax attention, one query head at a time; allowed (T, T): who sees whom."""
     K = x.shape[-1] // n_head
     group = n_head // (w["k_proj.weight"].shape[0] // K)
-    time = torch.arange(x.shape[1])
-    allowed = (chunk[:, None] == chunk) & (time[:, None] >= time)
     heads = []
     for head in range(n_head):
         own, shared = slice(head * K, head * K + K), slice(head // group * K, head // group * K + K)
@@ -123,19 +121,22 @@ def ref_attention(w, x, position, chunk, n_head, S):
         k = ref_rope(ref_rmsnorm(x @ w["k_proj.weight"][shared].T, w["k_norm.weight"]), position)
         weight = torch.where(allowed, (q @ k.mT / K**0.5).exp(), 0)
         heads.append(weight / weight.sum(-1, keepdim=True) @ (x @ w["v_proj.weight"][shared].T))
-    return torch.cat(heads, -1) @ w["out_proj.weight"].T, S
+    return (torch.cat(heads, -1) @ w["out_proj.weight"].T)[:, past:], S
 
 
 def ref_conv(x, weight, position):
-    """The sum over the last tokens of the same chunk, then SiLU; weight[:, -1] is for the token itself."""
+    """The sum over the last tokens since position 0, then SiLU; weight[:, -1] is for the token itself."""
     y = torch.zeros_like(x)
     for back in range(weight.shape[1]):
         y = y + x.roll(back, 1) * (position >= back)[:, None] * weight[:, -1 - back]
     return y * torch.sigmoid(y)
 
 
-def ref_delta(w, x, position, chunk, n_head, S):
-    """Gated DeltaNet token by token as the paper prints it, S_t = a S_{t-1} (I - b k k^T) + b v k^T; S (B, H, V, K)."""
+def ref_delta(w, x, position, allowed, past, n_head, S):
+    """Gated DeltaNet token by token as the paper prints it, S_t = a S_{t-1} (I - b k k^T) + b v k^T; S (B, H, V, K).
+
+    The first `past` tokens are in S already: only the convolution sees them.
+    """
     B, T, d = x.shape
     K = d // n_head
     q, k, v = (
@@ -145,28 +146,38 @@ def ref_delta(w, x, position, chunk, n_head, S):
     a = torch.exp(-w["A_log"].exp() * torch.log1p(torch.exp(x @ w["a_proj.weight"].T + w["dt_bias"])))
     b = 1 / (1 + torch.exp(-x @ w["b_proj.weight"].T))
     o = []
-    for t in range(T):
+    for t in range(past, T):
         a_t, b_t = a[:, t, :, None, None], b[:, t, :, None, None]
         k_t, v_t = k[:, t, :, None, :], v[:, t, :, :, None]  # a row, a column
         S = a_t * S @ (torch.eye(K, dtype=x.dtype) - b_t * k_t.mT @ k_t) + b_t * v_t @ k_t
         o.append((S @ q[:, t, :, :, None]).squeeze(-1) / K**0.5)
-    gate = (x @ w["gate_proj.weight"].T).view(B, T, n_head, K)
+    gate = (x @ w["gate_proj.weight"].T).view(B, T, n_head, K)[:, past:]
     o = ref_rmsnorm(torch.stack(o, 1), w["norm.weight"]) * gate * torch.sigmoid(gate)
     return o.flatten(2) @ w["out_proj.weight"].T, S
 
 
-def ref_blocks(model, h, S, layers, L):
-    """Some blocks over h (B, T, d) in one piece; what an eviction restarts is restarted every L tokens.
+def ref_blocks(model, h, S, layers, L, window=None, seen=None, inputs=None):
+    """Some blocks over h (B, T, d) in one piece; what a hard eviction restarts is restarted every L tokens.
 
-    S: block -> (B, H, V, K), replaced in place: the only thing that goes from one stretch of L tokens to the next.
+    S: block -> (B, H, V, K), replaced in place: all that goes from one stretch of L tokens to the next.
+    With a window nothing restarts: attention sees that many tokens, itself included. seen: block -> what its mixer read
+    in earlier chunks, (B, P, d); inputs is filled with what it reads now.
     """
     weights, c = model.state_dict(), model.config
-    position, chunk = torch.arange(h.shape[1]) % L, torch.arange(h.shape[1]) // L
+    past = 0 if seen is None else seen[0].shape[1]
+    time = torch.arange(past + h.shape[1])
+    position = time % L if window is None else time
+    allowed = (time[:, None] >= time) & (
+        (time[:, None] // L == time // L) if window is None else (time[:, None] - time < window)
+    )
     for i in layers:
         w = {name.removeprefix(f"layers.{i}."): a for name, a in weights.items() if name.startswith(f"layers.{i}.")}
         mixer = {name.removeprefix("mixer."): a for name, a in w.items()}
         x = ref_rmsnorm(h, w["norm_mixer.weight"])
-        y, S[i] = (ref_attention if c.pattern[i] == "A" else ref_delta)(mixer, x, position, chunk, c.n_head, S[i])
+        if seen is not None:
+            inputs[i], x = x, torch.cat((seen[i], x), 1)
+        mix = ref_attention if c.pattern[i] == "A" else ref_delta
+        y, S[i] = mix(mixer, x, position, allowed, past, c.n_head, S[i])
         h = h + y
         x = ref_rmsnorm(h, w["norm_mlp.weight"])
         gate = x @ w["mlp.gate_proj.weight"].T
@@ -204,6 +215,22 @@ def ref_algorithm1(model, x, predicts, L, N, loop=None):
             continue
         for n in range(1, N + 1):
             h = ref_blocks(model, h, S, range(0 if n == 1 else first, n_layer if n == N else last), L)
+    return torch.cat(logits, 1)
+
+
+def ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop=None):
+    """ref_algorithm1 without restarts: attention and convolution go on from what the last pass over a chunk read."""
+    n_layer, S, logits = len(model.layers), ref_zero_S(model, len(x)), []
+    first, last = loop or (0, n_layer)
+    seen = {i: torch.zeros(len(x), 0, model.config.d_model, dtype=torch.float64) for i in range(n_layer)}
+    for c, predict in enumerate(predicts):
+        h, inputs = ref_embed(model, x[:, c * L : c * L + L], L), {}
+        for n in (1,) if predict else range(1, N + 1):
+            layers = range(0 if n == 1 else first, n_layer if predict or n == N else last)
+            h = ref_blocks(model, h, S, layers, L, window, seen, inputs)
+        if predict:
+            logits.append(ref_head(model, h))
+        seen = {i: torch.cat((seen[i], inputs[i]), 1) for i in seen}
     return torch.cat(logits, 1)
 
 
@@ -675,10 +702,10 @@ def test_model_refuses_what_is_no_architecture(wrong):
 L = 6  # the window of this section
 
 
-def run_algorithm1(model, x, predicts, N, loop=None):
+def run_algorithm1(model, x, predicts, N, loop=None, keep=0):
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
-    return Algorithm1(model, N, loop).logits(x, split_chunks(m, L))[0]
+    return Algorithm1(model, N, loop, keep=keep).logits(x, split_chunks(m, L))[0]
 
 
 @pytest.mark.parametrize("predicts", ([False, False, False, True], [False, True, False, True]), ids=("last", "two"))
@@ -714,6 +741,42 @@ def test_sleep_is_algorithm_1(pattern, N, loop, n_pos, predicts):
     model, x = random_model(pattern, n_pos=n_pos), random_ids(2, L * (len(predicts) - 1) + 4)
     want = ref_algorithm1(model, x, predicts, L, N, loop)
     assert error(run_algorithm1(model, x, predicts, N, loop), want) <= 1e-9
+
+
+@pytest.mark.parametrize("predicts", ([False, False, False, True], [False, True, False, True]), ids=("last", "two"))
+@pytest.mark.parametrize("pattern", ("DADA", "ADAD", "AADD"))
+@pytest.mark.parametrize("eviction", ("sliding", "all"))
+def test_sleep_once_with_a_kept_cache_is_a_parallel_forward(eviction, pattern, predicts):
+    """N=1 with sliding eviction is not the ordinary sliding-window hybrid (section 2), or keeping all is not full."""
+    model, x = random_model(pattern), random_ids(2, 3 * L + 4)
+    window = L if eviction == "sliding" else x.shape[1]
+    want = ref_head(model, ref_blocks(model, ref_embed(model, x, L), ref_zero_S(model, 2), range(4), L, window))
+    columns = torch.tensor(predicts).repeat_interleave(L)[: x.shape[1]]
+    got = run_algorithm1(model, x, predicts, 1, keep=kept_tokens(eviction, L))
+    assert error(got, want[:, columns]) <= 1e-9
+
+
+@pytest.mark.parametrize("predicts", ([False, False, True], [False, True, False, True]), ids=("last", "two"))
+@pytest.mark.parametrize(
+    "pattern, N, loop",
+    (("DADA", 3, None), ("ADAD", 2, None), ("ADA", 3, None), ("ADAD", 3, (1, 3)), ("DADA", 3, (2, 4))),
+)
+@pytest.mark.parametrize("eviction", ("sliding", "all"))
+def test_sleep_with_a_kept_cache_is_algorithm_1_that_keeps(eviction, pattern, N, loop, predicts):
+    """N passes with a kept cache: another pass than the last is kept, or a pass does not start from the kept cache."""
+    model, x = random_model(pattern, n_pos=L), random_ids(2, L * (len(predicts) - 1) + 4)
+    want = ref_algorithm1_that_keeps(model, x, predicts, L, N, L if eviction == "sliding" else x.shape[1], loop)
+    assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L)), want) <= 1e-9
+
+
+def test_sleep_keeps_as_many_tokens_as_it_says():
+    """Sliding eviction keeps a token too many or too few, no convolution history, or something without a gradient."""
+    model, h = random_model("AD"), torch.randn(2, L, 16, dtype=torch.float64, requires_grad=True)
+    state, _ = sleep(model, h, model.initial_state(), 2, keep=L - 1)
+    assert state[0].k.shape[1] == state[0].v.shape[1] == L - 1
+    assert [a.shape[1] for a in state[1].conv] == [3, 3, 3]
+    for kept in (state[0].k, state[0].v, state[1].conv[0], state[1].S):
+        assert torch.autograd.grad(kept.square().sum(), h, retain_graph=True)[0].abs().sum() > 0
 
 
 def test_sleep_does_not_happen_inside_one_window():
