@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser
 from model import Model, ModelConfig
-from sleep import Algorithm1, scored_part, split_chunks
+from sleep import Algorithm1, kept_tokens, scored_part, split_chunks
 
 # -----------------------------------------------------------------------------
 # from a run directory to a model
@@ -114,11 +114,12 @@ def load_run(path, device):
     """
     file = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     saved = read_checkpoint(file, device)
-    config = saved["config"]
     try:
-        parse_loop(config["loop"]), config["N"], config["L"], config["seed"]
+        config = saved["config"] = {"evict": "hard"} | saved["config"]  # runs from before there was a choice
+        config["seed"]
         task = build_task(config)
         model = Model(model_config(config, task)).to(device)
+        algorithm_of(model, config)
         load_weights(model, saved["model"], file)
     except KeyError as error:
         raise ValueError(f"{file} has no {error} in its config: it is from another version of train.py") from None
@@ -158,24 +159,31 @@ def read_log(path):
 BATCH = 256  # problems at a time on the command line; fixed, because a task's problems depend on the batch size
 
 
-def predict(model, task, split, N, L, n, seed, batch, loop=None):
+def algorithm_of(model, config, N=None):
+    """Algorithm 1 as a run's flags (a dict) describe it, with another N if given. Raises ValueError where it does."""
+    keep = kept_tokens(config["evict"], config["L"])
+    return Algorithm1(model, N or config["N"], parse_loop(config["loop"]), keep=keep)
+
+
+def predict(algorithm, task, split, L, n, seed, batch):
     """
-    Put n problems of a split to the model, on the device it is on, with N sleep passes over windows of L tokens.
+    Put n problems of a split to a model, on the device it is on, as an Algorithm1 with windows of L tokens.
 
     Returns CPU tensors x, y, m, pred, ce, each (n, T): inputs, targets, which are scored, the likeliest next token
     (-1 where the model slept) and the cross-entropy in nats, float32 (0 where it is not scored). The model is run
-    eagerly and left in the mode it was in; no random number of torch is drawn. Raises ValueError as Algorithm1 and
-    split_chunks do.
+    eagerly and left in the mode it was in; no random number of torch is drawn. Raises ValueError as split_chunks does.
     """
-    device = next(model.parameters()).device
-    algorithm, training = Algorithm1(model, N, loop), model.training
+    model = algorithm.model
+    device, training = next(model.parameters()).device, model.training
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
     batches = []
     model.eval()
     try:
         # not inference_mode: the rotation tables that the model caches here must still be usable in training
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
-            for s in tqdm(range(-(-n // batch)), f"N={N}", leave=False, disable=None):  # None: only on a terminal
+            for s in tqdm(
+                range(-(-n // batch)), f"N={algorithm.N}", leave=False, disable=None
+            ):  # None: only on a terminal
                 x, y, m = (a[: n - s * batch] for a in task.batch(seed, split, s, batch))
                 batches.append((x, y, m, *answers(algorithm, x, y, m, split_chunks(m, L), device)))
     finally:
@@ -211,9 +219,9 @@ def summarise(task, x, y, m, pred, ce):
     return {"rows": rows, "loss": float(ce[m].mean()), "examples": len(x)}
 
 
-def evaluate(model, task, split, N, L, n, seed, batch, loop=None):
+def evaluate(algorithm, task, split, L, n, seed, batch):
     """`summarise` what `predict` returns; for the arguments see there."""
-    return summarise(task, *predict(model, task, split, N, L, n, seed, batch, loop))
+    return summarise(task, *predict(algorithm, task, split, L, n, seed, batch))
 
 
 def headline_keys(rows):
@@ -628,8 +636,8 @@ def describe_run(path, loaded, N):
 def score_run(run, loaded, args):
     """Evaluate a run, print its mistakes, and add its scores to its description."""
     model, task, config, _ = loaded
-    N, loop = run["evaluated_N"], parse_loop(config["loop"])
-    asked = predict(model, task, args.split, N, config["L"], args.n, args.seed, BATCH, loop)
+    N = run["evaluated_N"]
+    asked = predict(algorithm_of(model, config, N), task, args.split, config["L"], args.n, args.seed, BATCH)
     if args.mistakes:
         print(f"{run['path']}, N={N}: {mistakes(task, *asked[:4], args.mistakes)}\n")
     run.update(summarise(task, *asked))

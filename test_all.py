@@ -942,14 +942,16 @@ def test_sleep_gradient_is_the_slope_of_the_loss():
         assert error((p.grad * direction).sum(), sum(slopes)) <= 2e-5, name
 
 
+@pytest.mark.parametrize("eviction", ("hard", "sliding", "all"))
 @pytest.mark.parametrize("N, loop, n_pos", ((1, None, 0), (3, None, L), (2, (1, 3), L)))
-def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop, n_pos):
+def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop, n_pos, eviction):
     """Answering token by token gives other tokens than the forward that training uses."""
     model, context, question = random_model(n_pos=n_pos), random_ids(3, 2 * L), random_ids(3, 2)
-    got = generate(model, context, question, 4, N, L, loop)
+    keep = kept_tokens(eviction, L)
+    got = generate(model, context, question, 4, N, L, loop, keep)
     x = torch.cat((context, question), 1)
     for _ in range(4):
-        x = torch.cat((x, run_algorithm1(model, x, [False, False, True], N, loop)[:, -1:].argmax(-1)), 1)
+        x = torch.cat((x, run_algorithm1(model, x, [False, False, True], N, loop, keep)[:, -1:].argmax(-1)), 1)
     assert torch.equal(got, x[:, -4:])
     assert generate(model, context, question, L - 1, N, L, loop).shape == (3, L - 1)  # the last token is not fed back
     with pytest.raises(ValueError):
@@ -1281,7 +1283,7 @@ def test_eval_leaves_training_untouched(flags):
                 before = torch.get_rng_state(), np.random.get_state()[1].tolist(), model.training
                 weights = {name: p.clone() for name, p in model.state_dict().items()}
                 split = data.SPLITS[step]
-                rows = evaluation.evaluate(model, trainer.task, split, config.N, config.L, 12, 0, 5)["rows"]
+                rows = evaluation.evaluate(Algorithm1(model, config.N), trainer.task, split, config.L, 12, 0, 5)["rows"]
                 assert rows
                 assert torch.equal(before[0], torch.get_rng_state()) and before[2] == model.training
                 assert before[1] == np.random.get_state()[1].tolist()
@@ -1290,7 +1292,7 @@ def test_eval_leaves_training_untouched(flags):
     a, b = (trainer.model.state_dict() for trainer in trainers)
     assert all(torch.equal(a[name], b[name]) for name in a)
     trainers[0].model.eval()
-    evaluation.evaluate(trainers[0].model, trainers[0].task, "val", 1, config.L, 4, 0, 4)
+    evaluation.evaluate(Algorithm1(trainers[0].model, 1), trainers[0].task, "val", config.L, 4, 0, 4)
     assert not trainers[0].model.training
 
 
@@ -1311,7 +1313,7 @@ def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
     """What is scored is not what the model says: batches cut or shifted, predictions in the wrong columns."""
     model, task, config, step = evaluation.load_run(str(finished["depo"]), "cpu")
     assert step == 2
-    x, y, m, pred, ce = evaluation.predict(model, task, "test", 2, config["L"], 20, 3, 8)
+    x, y, m, pred, ce = evaluation.predict(Algorithm1(model, 2), task, "test", config["L"], 20, 3, 8)
     assert x.shape == pred.shape == (20, task.T)
     assert torch.equal(x[8:16], task.batch(3, "test", 1, 8)[0])
     logits = Algorithm1(model, 2).logits(x, split_chunks(m, config["L"]))[0]
@@ -1445,7 +1447,11 @@ def assert_resumes_exactly(flags, folder, monkeypatch):
     assert json.dumps(tests[0]) == json.dumps(tests[1])
 
 
-@pytest.mark.parametrize("flags", (RULE110, DEPO + " --accumulate 2 --checkpoint"), ids=("rule110", "depo"))
+@pytest.mark.parametrize(
+    "flags",
+    (RULE110, DEPO + " --accumulate 2 --checkpoint", RULE110 + " --evict sliding --learn delta --strings 3"),
+    ids=("rule110", "depo", "sliding"),
+)
 def test_train_resumed_run_is_the_uninterrupted_run(flags, tmp_path, monkeypatch):
     """A checkpoint misses something: optimizer state, step, data position, random state."""
     assert_resumes_exactly(flags, tmp_path, monkeypatch)
@@ -1482,6 +1488,8 @@ BAD_FLAGS = {
     "more queries than nodes": ("--queries 7", "--queries"),
     "size of another task": ("--width 12", "--width"),
     "another task's name": ("--task chess", "--task"),
+    "start from nowhere": ("--start-from nowhere", "nowhere"),
+    "unknown eviction": ("--evict soft", "--evict"),
     "loop that is no range": ("--loop nonsense", "--loop"),
     "loop out of range": ("--loop 0:9", "0:9"),
     "loop without a delta block": ("--loop 0:1", "0:1"),
@@ -1572,7 +1580,26 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     assert_same(found[1], found[0], 1e-5)
 
 
-@pytest.mark.parametrize("flags", (RULE110, DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2"))
+def test_train_in_two_stages(tmp_path, monkeypatch):
+    """The paper's warm-up: a frozen weight learns, a delta layer does not, or the second stage starts elsewhere."""
+    first = ("--learn", "delta", "--weight-decay", "0.1", "--out", tmp_path / "first")
+    before = train.Trainer(config_of(DEPO)).model.state_dict()
+    assert train.run(config_of(DEPO, *first)) == 0
+    after = torch.load(tmp_path / "first" / "ckpt.pt", weights_only=True)["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    delta = [i for i, kind in enumerate(config_of(DEPO).pattern) if kind == "D"]
+    assert changed == {name for name in before if any(name.startswith(f"layers.{i}.mixer.") for i in delta)}
+    second = config_of(DEPO, "--start-from", tmp_path / "first", "--evict", "sliding", "--out", tmp_path / "second")
+    start = train.Trainer(second).model.state_dict()
+    assert all(torch.equal(start[name], after[name]) for name in after)
+    assert train.run(second) == 0
+    with pytest.raises(ValueError, match="does not fit"):
+        train.Trainer(config_of(DEPO, "--d-model", "32", "--start-from", tmp_path / "first"))
+
+
+@pytest.mark.parametrize(
+    "flags", (RULE110, DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2", RULE110 + " --evict sliding")
+)
 def test_train_flops_are_those_of_the_layers_that_run(flags):
     """A layer that runs is not counted, or a dead one is: the utilisation that a run reports is wrong."""
     config = config_of(flags, "--batch", "3")

@@ -36,8 +36,10 @@ from tqdm import tqdm
 from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit
 from eval import (
     BATCH,
+    algorithm_of,
     build_task,
     evaluate,
+    load_run,
     load_weights,
     markdown_table,
     model_config,
@@ -49,7 +51,7 @@ from eval import (
 )
 from kernels import pick_impl, why_not_triton
 from model import Model
-from sleep import Algorithm1, passes, scored_part, split_chunks
+from sleep import EVICTIONS, kept_tokens, passes, scored_part, split_chunks
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -88,6 +90,11 @@ class Config:
     rope_theta: float = flag(10000.0, "base of the rotary positions")
     positions: bool = flag(False, "learn positions inside a window, besides the rotary ones")
     loop: str = flag(None, "blocks that are looped while asleep, first:last+1 (default all)")
+    evict: str = flag("hard", "hard: only S survives a window; sliding: and the cache of L-1 tokens; all: all of it")
+    start_from: str = flag(None, "begin with the weights of this run (its directory or checkpoint)")
+    learn: str = flag(
+        "all", "delta: only the delta layers learn, as in the paper's warm-up before sliding windows; all"
+    )
     # the optimisation
     batch: int = flag(None, "sequences per step, over all ranks and micro-batches")
     accumulate: int = flag(1, "micro-batches per step")
@@ -113,6 +120,14 @@ class Config:
     out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
     resume: bool = flag(False, "go on from the checkpoint in the run directory")
 
+
+CHOICES = {
+    "task": TASKS,
+    "preset": ("auto", "paper", "small", "tiny"),
+    "evict": EVICTIONS,
+    "learn": ("all", "delta"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+}
 
 # a resumed run may change these: they do not define what is learnt (device, compile and threads round differently)
 FREE = {"minutes", "device", "threads", "resume", "compile", "cuda_graph", "checkpoint", "out"}
@@ -149,9 +164,7 @@ def parse_config(argv):
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = {"task": TASKS, "preset": ("auto", "paper", "small", "tiny")}.get(f.name)
-            choices = ("auto", "cpu", "cuda", "mps") if f.name == "device" else choices
-            parser.add_argument(name, type=f.type, choices=choices, help=text)
+            parser.add_argument(name, type=f.type, choices=CHOICES.get(f.name), help=text)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = Config(**given)
     config.device = pick_device(config.device)
@@ -197,7 +210,7 @@ def check(config, given):
     for split in SPLITS:
         split_chunks(task.batch(config.seed, split, 0, config.batch)[2], config.L)
     with torch.device("meta"):
-        Algorithm1(Model(model_config(dataclasses.asdict(config), task)), config.N, parse_loop(config.loop))
+        algorithm_of(Model(model_config(dataclasses.asdict(config), task)), dataclasses.asdict(config))
 
 
 # -----------------------------------------------------------------------------
@@ -211,6 +224,8 @@ def make_optimizers(model, config):
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         is_matrix = name.startswith("layers.") and name.endswith("_proj.weight")
         (matrices if is_matrix else others).append(p)
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
@@ -294,9 +309,16 @@ class Trainer:
         self.task = build_task(dataclasses.asdict(config))
         torch.manual_seed(config.seed)
         self.model = Model(model_config(dataclasses.asdict(config), self.task)).to(config.device)
+        if config.start_from:
+            load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
+        if config.learn == "delta":
+            for name, p in self.model.named_parameters():
+                kind = config.pattern[int(name.split(".")[1])] if name.startswith("layers.") else None
+                p.requires_grad_(kind == "D" and ".mixer." in name)
         self.optimizers = make_optimizers(self.model, config)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        algorithm = Algorithm1(self.model, config.N, parse_loop(config.loop), config.checkpoint)
+        algorithm = algorithm_of(self.model, dataclasses.asdict(config))
+        algorithm.use_checkpoint = config.checkpoint
         self.algorithm = DistributedDataParallel(algorithm) if ranks > 1 else algorithm
         if config.compile:
             self.model.compile_blocks()
@@ -511,7 +533,8 @@ def train_loop(trainer, log, interrupts):
 def scores(trainer, split, n):
     """eval.evaluate with this run's task, N and window. The problems do not depend on the run's seed or batch size."""
     config = trainer.config
-    return evaluate(trainer.model, trainer.task, split, config.N, config.L, n, 0, BATCH, parse_loop(config.loop))
+    algorithm = algorithm_of(trainer.model, dataclasses.asdict(config))
+    return evaluate(algorithm, trainer.task, split, config.L, n, 0, BATCH)
 
 
 def validate(trainer, log):
@@ -543,7 +566,10 @@ def block_flops(model, kind, T, write_only=False):
 
 
 def flops_per_step(config):
-    """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count."""
+    """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count, nor
+    does attention to a cache that an eviction kept.
+    """
+    keep = kept_tokens(config.evict, config.L)
     task = build_task(dataclasses.asdict(config))
     model = model_config(dataclasses.asdict(config), task)
     total = 0
@@ -554,9 +580,9 @@ def flops_per_step(config):
                 sum(block_flops(model, kind, T) for kind in model.pattern) + 2 * T * model.d_model * model.vocab_size
             )
             continue
-        order = sum(passes(model.pattern, config.N, parse_loop(config.loop)), [])
+        order = sum(passes(model.pattern, config.N, parse_loop(config.loop), keep), [])
         total += sum(block_flops(model, model.pattern[i], T) for i in order[:-1])
-        total += block_flops(model, model.pattern[order[-1]], T, write_only=True)
+        total += block_flops(model, model.pattern[order[-1]], T, write_only=not keep)
     return 3 * total * config.batch
 
 
