@@ -3,7 +3,7 @@ What the model is asked: two synthetic memory tasks, generated on the fly with n
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
-    batch(seed, split, s, B) -> x, y, m     tokens, next tokens, and which positions are scored
+    batch(seed, split, s, B) -> x, y, m     tokens, next tokens, and which positions are scored; with `level`, easier
     score(x, y, m, pred)                    what was answered right, one array per difficulty
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
@@ -136,6 +136,7 @@ class Rule110:
             raise ValueError(f"--strings is {strings}: use 1 or more")
         self.width, self.t, self.strings = width, t, strings
         self.vocab_size = 3  # "0", "1", "Q"
+        self.levels = max(1, t)  # a level is a number of steps
         self.context = strings * width
         self.T = self.context + strings
 
@@ -143,8 +144,8 @@ class Rule110:
         # the width goes in too: 011 and 0110 pack into the same integer
         return splitmix64(splitmix64(np.array([self.width], dtype=np.uint64)) + state)
 
-    def batch(self, seed, split, s, B):
-        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T)."""
+    def batch(self, seed, split, s, B, level=None):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). level: ask for that many steps instead."""
         rng = batch_rng(seed, split, s)
 
         def draw(rows):
@@ -153,7 +154,7 @@ class Rule110:
 
         (state,) = sample_problems(draw, split, B * self.strings)
         context = unpack_bits(state, self.width).reshape(B, self.context)
-        for _ in range(self.t):
+        for _ in range(self.t if level is None else min(level, self.t)):
             state = rule110_step(state, self.width)
         labels = (state & np.uint64(1)).astype(np.int64).reshape(B, self.strings)
         # not in the paper: one query token, so that the first answer is predicted after the last string is evicted
@@ -294,6 +295,7 @@ class Depo:
             raise ValueError(f"--min-nodes is {min_nodes}: use 3 to {nodes} (--nodes)")
         self.nodes, self.hops, self.queries = nodes, hops, queries
         self.name_tokens, self.min_nodes = name_tokens, min_nodes
+        self.levels = hops  # a level is the longest walk asked for
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
         self.answer = self.query + hops + 1
         self.pad = self.answer + 1
@@ -325,26 +327,29 @@ class Depo:
         hashes = np.where(on, edge_hash(node, successor), np.uint64(0)).sum(axis=1, dtype=np.uint64)
         return splitmix64(hashes), [n, node, successor]
 
-    def _questions(self, rng, n, node):
-        """Queries as tokens with -1 for none, int64 (B, queries, 2 + 2 * name_tokens)."""
+    def _questions(self, rng, n, node, hops):
+        """Queries of 1 to `hops` hops as tokens, -1 for none, int64 (B, queries, 2 + 2 * name_tokens)."""
         B = len(n)
         asked = np.arange(self.queries) < n[:, None]  # (B, queries)
         start = shuffle(rng, n, self.nodes)[:, : self.queries]  # places on the cycle, none twice
-        k = rng.integers(1, self.hops + 1, (B, self.queries))
+        k = rng.integers(1, hops + 1, (B, self.queries))
         # not in the paper: hops wrap around on cycles shorter than k, and a cycle of n < queries nodes gets n queries
         end = (start + k) % n[:, None]
         columns = [(self.query + k)[..., None], self.spelling[take(node, start)]]
         columns += [np.full((B, self.queries, 1), self.answer), self.spelling[take(node, end)]]
         return np.where(asked[..., None], np.concatenate(columns, axis=2), -1)
 
-    def batch(self, seed, split, s, B):
-        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). Training cycles vary in size."""
+    def batch(self, seed, split, s, B, level=None):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). Training cycles vary in size.
+
+        level: the largest number of hops to ask for, all by default.
+        """
         rng = batch_rng(seed, split, s)
         n, node, successor = sample_problems(lambda rows: self._draw(rng, split, rows), split, B)
         order = shuffle(rng, n, self.nodes)
         edges = np.stack([take(node, order), take(successor, order)], axis=2)  # (B, nodes, 2)
         facts = self.spelling[edges].reshape(B, -1)  # (B, context), -1 in the gaps
-        asks = self._questions(rng, n, node)
+        asks = self._questions(rng, n, node, self.hops if level is None else min(level, self.hops))
         scored = np.zeros(asks.shape, dtype=bool)
         scored[:, :, 1 + self.name_tokens :] = True  # <answer> and the answer's name
         asks, scored = asks.reshape(B, -1), scored.reshape(B, -1)  # (B, T - context)

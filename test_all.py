@@ -1122,6 +1122,21 @@ def test_data_batch_is_a_function_of_seed_split_and_number(task):
         task.batch(0, "training", 0, 4)
 
 
+def test_data_levels_make_the_same_problems_easier():
+    """--grow asks other things than shorter walks and fewer steps of the automaton, or changes the contexts."""
+    task = Depo(8, 4, 5, 1, 8)
+    x, y, m = task.batch(3, "train", 7, 40, level=2)
+    hops = x[(x > task.query) & (x < task.answer)] - task.query
+    assert sorted(hops.unique().tolist()) == [1, 2]
+    assert torch.equal(x[:, : task.context], task.batch(3, "train", 7, 40)[0][:, : task.context])
+    for sizes in DEPO_SIZES[:2]:
+        whole, again = (Depo(*sizes).batch(3, "train", 7, 9, level) for level in (None, sizes[1]))
+        assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    for level in (1, 2, 5):
+        easier, same = Rule110(9, 5, 2).batch(3, "train", 7, 40, level), Rule110(9, level, 2).batch(3, "train", 7, 40)
+        assert all(torch.equal(a, b) for a, b in zip(easier, same))
+
+
 def raw_problems(task, x, y, m):
     """The problems of a batch, one for every hash of problem_hashes, as things that can be compared."""
     if task.name == "rule110":
@@ -1490,6 +1505,7 @@ BAD_FLAGS = {
     "another task's name": ("--task chess", "--task"),
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
+    "growing for too long": ("--grow 1.5", "--grow"),
     "loop that is no range": ("--loop nonsense", "--loop"),
     "loop out of range": ("--loop 0:9", "0:9"),
     "loop without a delta block": ("--loop 0:1", "0:1"),
@@ -1578,6 +1594,19 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
         found.append(gradients | {name: out[name] for name in ("loss", "accuracy")})
     assert len({int(part.sum()) for part in per_row.chunk(4)}) > 1  # else this test could not fail
     assert_same(found[1], found[0], 1e-5)
+
+
+def test_train_grows_harder():
+    """--grow skips a level, starts above the first, or ends below the last."""
+    config = config_of(DEPO, "--grow", "0.5")  # 20 steps, 2 hops
+    assert [train.difficulty(step, config, 2) for step in range(20)] == [1] * 5 + [2] * 15
+    assert [train.difficulty(step, config, 5) for step in (0, 2, 9, 10, 19)] == [1, 2, 5, 5, 5]
+    assert train.difficulty(0, config_of(DEPO), 2) == 2
+    trainer = train.Trainer(config)
+    batches = train.Batches(trainer.task, config, 0, 1, "cpu")
+    for step, hardest in ((0, 1), (4, 1), (5, 2)):
+        ((x, *_),), _ = batches.get(step)
+        assert (x[(x > trainer.task.query) & (x < trainer.task.answer)] - trainer.task.query).max() == hardest
 
 
 def test_train_in_two_stages(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     warmup: float = flag(0.02, "fraction of steps with rising learning rate")
     decay: float = flag(0.2, "fraction of steps with falling learning rate, at the end")
+    grow: float = flag(0.0, "fraction of the steps in which training grows harder, from 1 hop or step to all; 0: never")
     checkpoint: bool = flag(False, "recompute activations of sleeping passes in the backward (less memory)")
     # the run
     minutes: float = flag(None, "stop early after this much training time; --resume goes on")
@@ -199,6 +200,8 @@ def check(config, given):
         raise ValueError(f"--weight-decay must be between 0 and 1 / muon_lr, got {config.weight_decay}")
     if not (config.warmup >= 0 and config.decay >= 0 and config.warmup + config.decay <= 1):
         raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
+    if not 0 <= config.grow <= 1:
+        raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch % (config.accumulate * ranks):
         raise ValueError(
@@ -240,6 +243,11 @@ def schedule(step, config):
     return min(1.0, rising, falling)
 
 
+def difficulty(step, config, levels):
+    """The hardest level (hops, t) of the problems of a training step: with --grow it rises from 1 to all of them."""
+    return min(levels, 1 + int(levels * step / (config.grow * config.steps))) if config.grow else levels
+
+
 class Batches:
     """The training batches from some step on, one prefetched by a thread; with several ranks, this rank's rows.
 
@@ -251,7 +259,8 @@ class Batches:
         self.pool, self.next = ThreadPoolExecutor(1), {}
 
     def _make(self, step):
-        tensors = self.task.batch(self.config.seed, "train", step, self.config.batch)
+        level = difficulty(step, self.config, self.task.levels)
+        tensors = self.task.batch(self.config.seed, "train", step, self.config.batch, level)
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
