@@ -1599,12 +1599,12 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
 def test_train_grows_harder():
     """--grow skips a level, starts above the first, or ends below the last."""
     config = config_of(DEPO, "--grow", "0.5")  # 20 steps, 2 hops
-    assert [train.difficulty(step, config, 2) for step in range(20)] == [1] * 5 + [2] * 15
-    assert [train.difficulty(step, config, 5) for step in (0, 2, 9, 10, 19)] == [1, 2, 5, 5, 5]
-    assert train.difficulty(0, config_of(DEPO), 2) == 2
+    assert [train.difficulty(step, config, 2) for step in range(20)] == [1] * 10 + [2] * 10
+    assert [train.difficulty(step, config, 6) for step in (0, 3, 4, 6, 7, 9, 10, 19)] == [1, 1, 2, 2, 4, 4, 6, 6]
+    assert train.difficulty(0, config_of(DEPO), 2) == 2 and train.difficulty(0, config, 1) == 1
     trainer = train.Trainer(config)
     batches = train.Batches(trainer.task, config, 0, 1, "cpu")
-    for step, hardest in ((0, 1), (4, 1), (5, 2)):
+    for step, hardest in ((0, 1), (9, 1), (10, 2)):
         ((x, *_),), _ = batches.get(step)
         assert (x[(x > trainer.task.query) & (x < trainer.task.answer)] - trainer.task.query).max() == hardest
 

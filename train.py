@@ -105,7 +105,7 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     warmup: float = flag(0.02, "fraction of steps with rising learning rate")
     decay: float = flag(0.2, "fraction of steps with falling learning rate, at the end")
-    grow: float = flag(0.0, "fraction of the steps in which training grows harder, from 1 hop or step to all; 0: never")
+    grow: float = flag(0.0, "fraction of the steps in which training grows harder: 1 hop or step, 2, 4, ...; 0: never")
     checkpoint: bool = flag(False, "recompute activations of sleeping passes in the backward (less memory)")
     # the run
     minutes: float = flag(None, "stop early after this much training time; --resume goes on")
@@ -244,8 +244,9 @@ def schedule(step, config):
 
 
 def difficulty(step, config, levels):
-    """The hardest level (hops, t) of the problems of a training step: with --grow it rises from 1 to all of them."""
-    return min(levels, 1 + int(levels * step / (config.grow * config.steps))) if config.grow else levels
+    """The hardest level (hops, t) of the problems of a training step: with --grow it doubles from 1 until it is all."""
+    doublings = math.ceil(math.log2(levels))
+    return min(levels, 2 ** int(doublings * step / (config.grow * config.steps))) if config.grow else levels
 
 
 class Batches:
