@@ -182,7 +182,8 @@ class _UnitLowerInverse(torch.autograd.Function):
 # Chunks of C <= 32 tokens, value columns in blocks of BV <= 32: no product has more than 32 rows. Taller ones would use
 # Hopper's asynchronous tensor cores, which several Triton releases miscompile, and a backward in one kernel would not
 # fit into registers. S is held transposed, (V, K), so that its update has BV rows. Sums are in float32, operands of
-# products in the inputs' dtype. Tokens past T load as zeros: no key, no write, no decay, so exact no-ops.
+# products in the inputs' dtype, but for the inverse. Tokens past T load as zeros: no key, no write, no decay, and so
+# they change nothing.
 #
 # Backward, with dO and the gradient dS of the state that leaves the chunk (W = dO E', Z = dR E', lower triangles only):
 #
@@ -253,7 +254,7 @@ def _inverse_kernel(
         corner = ((i >> s) == (j >> s) + 1) & ((i >> (s + 1)) == (j >> (s + 1)))
         xa = tl.dot(x, tl.where(corner, a, 0.0), input_precision=PRECISION)
         x -= tl.dot(xa, x, input_precision=PRECISION)
-    tl.store(inverse + pid * C * C + i * C + j, x.to(inverse.dtype.element_ty))
+    tl.store(inverse + pid * C * C + i * C + j, x)
 
 
 @jit
@@ -276,7 +277,7 @@ def _forward_kernel(
     S_ok = (c < K)[None, :] & (cols < V)[:, None]
     S_t = tl.load(S + S_at, mask=S_ok, other=0.0)
     for chunk in range(NT):
-        t = chunk * C + i
+        t = (chunk * C + i).to(tl.int64)
         gc, from_start, to_end, beta_t, total = _gates(g, beta, b, h, t, T, H, PRECISION)
         k_at = b * k_stride_b + t * k_stride_t + h * k_stride_h
         o_at = ((b * T + t) * H + h) * V
@@ -286,7 +287,7 @@ def _forward_kernel(
         S_low = S_t.to(dtype)
         _store(states, ((bh * NT + chunk) * V + cols) * K, c, cols < V, K, S_low)
         r = v_t - from_start[:, None] * tl.dot(k_t, tl.trans(S_low), input_precision=PRECISION)
-        e = tl.dot(inv, r.to(dtype), input_precision=PRECISION)
+        e = tl.dot(inv, r, input_precision=PRECISION)
         _store(error, o_at, cols, t < T, V, e.to(dtype))
         u = beta_t[:, None] * e
         if READ:
@@ -321,7 +322,7 @@ def _backward_kernel(
     dS_t = tl.load(dS_out + S_at, mask=S_ok, other=0.0) if LATER else tl.zeros((BV, BK), tl.float32)
     for step in range(NT):
         chunk = NT - 1 - step
-        t = chunk * C + i
+        t = (chunk * C + i).to(tl.int64)
         gc, from_start, to_end, beta_t, total = _gates(g, beta, b, h, t, T, H, PRECISION)
         k_at = b * k_stride_b + t * k_stride_t + h * k_stride_h
         o_at = ((b * T + t) * H + h) * V
@@ -338,7 +339,7 @@ def _backward_kernel(
             do_t = (from_start[:, None] * do_t).to(dtype)
             dS_t += tl.dot(tl.trans(do_t), q_t, input_precision=PRECISION)
         inv_t = tl.load(inverse + (bh * NT + chunk) * C * C + i[:, None] + i[None, :] * C)
-        dr = tl.dot(inv_t, (beta_t[:, None] * du).to(dtype), input_precision=PRECISION)
+        dr = tl.dot(inv_t, beta_t[:, None] * du, input_precision=PRECISION)
         _store(dv, o_at, cols, t < T, V, dr.to(dtype))
         dr = (from_start[:, None] * dr).to(dtype)
         dS_t -= tl.dot(tl.trans(dr), k_t, input_precision=PRECISION)
@@ -432,7 +433,8 @@ def _forward_outputs(q, k, v, g, beta, S):
     empty = functools.partial(torch.empty, device=k.device, dtype=v.dtype)
     o = empty(0 if q is None else (B, T, H, V))
     S = empty(B, H, K, V, dtype=torch.float32)
-    return o, S, empty(B, T, H, V), empty(B, H, NT, V, K), empty(B, H, NT, C, C)
+    # not even bfloat16 inputs allow a rounded inverse: with repeated keys its entries cancel
+    return o, S, empty(B, T, H, V), empty(B, H, NT, V, K), empty(B, H, NT, C, C, dtype=torch.float32)
 
 
 def _forward(
@@ -635,7 +637,7 @@ def benchmark(device, dtype, names):
         for graph in (False, True) if device == "cuda" else (False,):
             try:
                 median, low, high = measure(graphed(call) if graph else call, device)
-            except RuntimeError as error:  # fla may refuse to be captured; any of them may be out of memory
+            except Exception as error:  # Triton and fla raise what they like; the other rows are wanted all the same
                 print(f"{name}, {impl}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
@@ -670,6 +672,7 @@ def main():
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # as in training
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()}, 1 thread)",
         "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)},

@@ -82,7 +82,7 @@ def l2norm(x):
     return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=None)  # a CUDA graph reads them from where they are: none may be dropped
 def rope_table(length, dim, theta, device, dtype):
     """cos and sin of position * theta^(-2i/dim), each (length, 1, dim/2), for positions 0..length-1."""
     freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # on the CPU: not every device has float64

@@ -110,7 +110,8 @@ def sleep(model, h, state, N, loop=None, use_checkpoint=False, keep=0):
         # under hard eviction the last pass ends with its last write to S
         args = h, start, layers, n == N and not keep, window_of(keep)
         if use_checkpoint and torch.is_grad_enabled():
-            h, new = checkpoint(model.blocks, *args, use_reentrant=False)
+            # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
+            h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             h, new = model.blocks(*args)
         for i in layers:

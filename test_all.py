@@ -261,7 +261,7 @@ def outputs_and_gradients(call, inputs):
     inputs = {name: a.clone().requires_grad_() for name, a in inputs.items()}
     outputs = call(**inputs)
     rng = torch.Generator().manual_seed(5)
-    loss = sum((a * torch.randn(a.shape, generator=rng, dtype=torch.float64).to(a.dtype)).sum() for a in outputs)
+    loss = sum((a * torch.randn(a.shape, generator=rng, dtype=torch.float64).bfloat16().to(a)).sum() for a in outputs)
     found = {f"output {i}": a for i, a in enumerate(outputs)}
     return found | {f"d{name}": a for name, a in zip(inputs, torch.autograd.grad(loss, inputs.values()))}
 
@@ -392,6 +392,10 @@ def test_kernel_refuses_what_does_not_fit(wrong):
 TRITON_CASES = [(T, regime, 32, 40) for T in (1, 31, 32, 33, 63, 100) for regime in REGIMES]
 TRITON_CASES += [(33, "usual", 48, 16), (40, "hard decay", 96, 130), (20, "usual", 128, 8), (33, "beta 2", 64, 64)]
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+old_interpreter = kernels.triton and kernels.triton.__version__.startswith(("3.4.", "3.5.", "3.6."))
+needs_interpreter = pytest.mark.skipif(
+    bool(kernels.triton is None or old_interpreter), reason="needs Triton 3.7: older interpreters fail with numpy 2.4"
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 KERNELS = ("_inverse_kernel", "_forward_kernel", "_backward_kernel", "_gradient_kernel")
 
@@ -463,7 +467,7 @@ def interpreted_as_an_op():
     print("passed")
 
 
-@needs_triton
+@needs_interpreter
 def test_kernel_triton_interpreted():
     """The Triton kernels compute something else than the definition, or leave memory that they should have written."""
     found = json.loads(shell("-c", "import test_all; test_all.interpreted()", TRITON_INTERPRET="1"))
@@ -472,7 +476,7 @@ def test_kernel_triton_interpreted():
         assert max(errors.values()) <= 1e-5, (case, errors)
 
 
-@needs_triton
+@needs_interpreter
 def test_kernel_triton_is_one_deterministic_op():
     """torch.compile breaks the graph at the kernel, or more than two launches each way, or two runs differ."""
     out = shell("-c", "import test_all; test_all.interpreted_as_an_op()", TRITON_INTERPRET="1")
@@ -488,7 +492,7 @@ def compile_offline(kernel, constants, pointer, num_warps, num_stages):
     names, types = kernel.arg_names, {}
     for name in names:
         integer = name in ("T", "NT", "H", "K", "V") or "stride" in name
-        single = name in ("g", "beta", "S", "S_out", "dS", "dS_out", "dg", "dbeta")
+        single = name in ("g", "beta", "inverse", "S", "S_out", "dS", "dS_out", "dg", "dbeta")
         types[name] = "constexpr" if name in constants else "i32" if integer else "*fp32" if single else "*" + pointer
     pointers_and_sizes = [name for name in names if types[name][0] == "*" or name in ("K", "V") or "stride" in name]
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers_and_sizes}

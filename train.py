@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -24,7 +25,7 @@ import shlex
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,6 +118,7 @@ class Config:
     device: str = flag("auto", "cpu, cuda, mps or auto")
     compile: bool = flag(True, "compile the blocks; --no-compile for eager")
     cuda_graph: bool = flag(True, "on one GPU: record forward and backward once and replay them")
+    workers: int = flag(0, "processes that make batches; 0: a thread, enough for rule110 and depo")
     threads: int = flag(1, "CPU threads; two help small models on an idle machine only, and hurt on a busy one")
     out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
     resume: bool = flag(False, "go on from the checkpoint in the run directory")
@@ -131,7 +133,7 @@ CHOICES = {
 }
 
 # a resumed run may change these: they do not define what is learnt (device, compile and threads round differently)
-FREE = {"minutes", "device", "threads", "resume", "compile", "cuda_graph", "checkpoint", "out"}
+FREE = {"minutes", "device", "threads", "resume", "compile", "cuda_graph", "checkpoint", "workers", "out"}
 FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n"}
 
 PRESETS = {
@@ -250,31 +252,39 @@ def difficulty(step, config, levels):
 
 
 class Batches:
-    """The training batches from some step on, one prefetched by a thread; with several ranks, this rank's rows.
+    """The training batches from some step on, made ahead of time; with several ranks, this rank's rows.
 
     Each item is (micro-batches, count): lists of (x, y, m, chunks), and the scored tokens of the whole global batch.
+    config.workers: processes that make them, one batch each at a time; 0 for a thread, enough for numpy-only tasks.
     """
 
     def __init__(self, task, config, rank, ranks, device):
         self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, device
-        self.pool, self.next = ThreadPoolExecutor(1), {}
+        # spawn: a forked child of a process that uses CUDA or threads may hang
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(config.workers, spawn) if config.workers else ThreadPoolExecutor(1)
+        self.ahead = {}
 
-    def _make(self, step):
+    def _start(self, step):
         level = difficulty(step, self.config, self.task.levels)
-        tensors = self.task.batch(self.config.seed, "train", step, self.config.batch, level)
+        return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch, level)
+
+    def get(self, step):
+        """The batch of one step, on the device; the next ones start being made."""
+        wanted = range(step, step + 2 + self.config.workers)
+        self.ahead = {s: self.ahead.get(s) or self._start(s) for s in wanted if s < self.config.steps}
+        tensors = self.ahead[step].result()
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
+        chunks = [split_chunks(m, self.config.L) for m in mine[2]]
         if self.device == "cuda":  # pinned memory is copied while the GPU computes
             mine = [[a.pin_memory() for a in part] for part in mine]
-        return [(x, y, m, split_chunks(m, self.config.L)) for x, y, m in zip(*mine)], count
+        return [(*(a.to(self.device, non_blocking=True) for a in b[:3]), b[3]) for b in zip(*mine, chunks)], count
 
-    def get(self, step):
-        """The batch of one step, on the device; the next one starts being made."""
-        future = self.next.pop(step, None) or self.pool.submit(self._make, step)
-        self.next = {step + 1: self.pool.submit(self._make, step + 1)}
-        micro, count = future.result()
-        return [(*(a.to(self.device, non_blocking=True) for a in b[:3]), b[3]) for b in micro], count
+    def close(self):
+        """Stop making batches."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 class CudaGraph:
@@ -295,7 +305,7 @@ class CudaGraph:
                 trainer.model.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread makes batches
             self.out = trainer.gradients(self.micro, self.count)
         self.grads = [p.grad for p in self.parameters]  # the graph's own memory: a replay writes them there
 
@@ -537,6 +547,7 @@ def train_loop(trainer, log, interrupts):
             if last or saving:
                 trainer.save(os.path.join(config.out, "ckpt.pt"))
             started = time.perf_counter()
+    batches.close()
     return reason or "finished"
 
 
