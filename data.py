@@ -461,7 +461,8 @@ class Depo:
 # not in the paper: names, grammar and generator are ours; the public GSM-Infinite has shortcuts that a model learns
 PLACE_ADJECTIVES = """bronze silver copper golden iron crystal marble velvet crimson scarlet amber violet indigo emerald
     azure ivory ebony pearl ruby jade misty windy sunny frosty stormy quiet hidden ancient distant lonely upper lower
-    northern southern eastern western broken sunken narrow mighty""".split()
+    northern southern eastern western broken sunken narrow mighty sleepy merry gentle bitter barren lush rocky sandy
+    snowy rainy cloudy shady bright dim eerie royal humble proud wild calm""".split()
 KIND_ADJECTIVES = """striped spotted tiny giant new old heavy light round square plain painted dusty polished rusty
     smooth rough curved folded noisy rapid slow sturdy fragile""".split()
 THEMES = (  # what the things are called together, what a single one is averaged over, places, kinds of things
@@ -490,13 +491,20 @@ ID = {word: i for i, word in enumerate(WORDS)}
 PAD, END, ANSWER, SOLUTION, ZERO = 0, 1, 2, 3, 4  # the digit d is token ZERO + d
 DOT, ASKS, EQUALS, IS, IN, AND, X = (ID[word] for word in (". ? equals is in and x").split())
 SKIPPED = {ID[word] for word in OPENERS}
+PLACE_FIRST, KIND_FIRST = [[ID[word] for word in words] for words in (PLACE_ADJECTIVES, KIND_ADJECTIVES)]
 
 LARGEST_LITERAL, LARGEST_VALUE = 99, 9999  # every value is 1..9999: at most four digits
 ANSWER_TOKENS = 5  # four digits and <end>
 COUNT, AVERAGE, TOTAL = range(3)  # the roles of a parameter
 MAX_OP, REVERSE_FROM, AVERAGES_FROM = 10, 3, 4
-OPEN_PLACES, KINDS = 3, 5  # of a world: places besides those of its totals, and kinds of things
-WORLD_PAIRS = 10  # a world with as many (place, kind) pairs is complete
+OPEN_PLACES, KINDS = 4, 5  # of a world: places besides those of its totals, and kinds of things
+WORLD_PAIRS = 12  # a world with as many (place, kind) pairs is complete
+
+
+# what a parameter may depend on: operation, joined, and how many refs; as often as they stand here
+FORMS = [(o, "one", 1) for o in ("", "plus", "plus", "times") for _ in range(8)]
+FORMS += [(o, "sum", n) for o in ("", "plus", "plus", "times") for n in (2, 3, 3, 4)]
+FORMS += [(o, "difference", 2) for o in ("", "plus", "plus", "times") for _ in range(4)]
 
 
 def ids_of(words):
@@ -511,6 +519,9 @@ def digits(value):
     return [ZERO + int(d) for d in str(value)]
 
 
+LITERALS = [digits(k) for k in range(LARGEST_LITERAL + 1)]
+
+
 class Dice:
     """Single random numbers from a numpy Generator, drawn in blocks because one at a time is slow."""
 
@@ -520,12 +531,14 @@ class Dice:
     def below(self, n):
         """An integer from 0 to n-1."""
         if not self.block:
-            self.block = self.rng.random(1024).tolist()
+            self.block = self.rng.random(2048).tolist()
         return int(self.block.pop() * n)
 
     def chance(self, p):
         """True with probability p."""
-        return self.below(1 << 30) < p * (1 << 30)
+        if not self.block:
+            self.block = self.rng.random(2048).tolist()
+        return self.block.pop() < p
 
     def pick(self, items):
         """One of the items of a sequence."""
@@ -549,12 +562,10 @@ class Node:
     AVERAGE or TOTAL. A node of a total's own place knows that total (home) and which of its kinds it counts (slot).
     """
 
-    __slots__ = ("role", "operation", "k", "joined", "refs", "value", "name", "place", "home", "slot")
+    operation, k, joined, refs = "", 0, "one", ()
 
     def __init__(self, role, home=None, slot=0):
         self.role, self.home, self.slot = role, home, slot
-        self.operation, self.k, self.joined, self.refs = "", 0, "one", []
-        self.value, self.name, self.place = None, None, None
 
 
 def operations_of(fact):
@@ -577,7 +588,7 @@ class Plan:
         self.rest -= self._price(root)
         self.open.append(root)
         while self.open:
-            node = self.open.pop(-1 if dice.chance(0.7) else dice.below(len(self.open)))
+            node = self.open.pop(-1 if dice.chance(0.85) else dice.below(len(self.open)))
             self.nodes.append(node)
             if node.role == TOTAL:
                 self._expand(node)
@@ -598,19 +609,18 @@ class Plan:
 
     def _expand(self, total):
         """Give a total its summands."""
-        total.joined = "products" if self.hard else "sum"
-        for slot in range(total.slot):
-            total.refs += [Node(role, total, slot) for role in ((COUNT, AVERAGE) if self.hard else (COUNT,))]
+        total.joined, roles = ("products", (COUNT, AVERAGE)) if self.hard else ("sum", (COUNT,))
+        total.refs = [Node(role, total, slot) for slot in range(total.slot) for role in roles]
         self.open += total.refs
 
     def _define(self, node):
         """Draw what a parameter depends on, within the rest of op."""
         dice = self.dice
         while True:
-            node.operation = dice.pick(("", "plus", "plus", "times"))
-            node.joined = dice.pick(("one", "one", "sum", "difference"))
-            count = {"one": 1, "sum": 2 + dice.below(2) + dice.below(2), "difference": 2}[node.joined]
+            node.operation, node.joined, count = dice.pick(FORMS)
             spare, totals = self.rest - (node.operation != "") - (count - 1), self.totals
+            if spare < 0 or spare < count - len(self.open):
+                continue
             refs, new = [], []
             while len(refs) < count and spare >= 0:
                 known = [n for n in self.open if n not in refs]
@@ -633,7 +643,7 @@ class Plan:
                 node.k = node.value = 1 + self.dice.below(LARGEST_LITERAL)
                 continue
             if node.joined == "difference":
-                node.refs.sort(key=lambda ref: -ref.value)
+                node.refs = sorted(node.refs, key=lambda ref: -ref.value)
             value = combine(node.joined, [ref.value for ref in node.refs])
             if node.operation == "plus":
                 node.k = 1 + self.dice.below(LARGEST_LITERAL)
@@ -679,34 +689,39 @@ def draw_plan(dice, op, hard, others=None):
 
 
 class Names:
-    """The names of one problem: a theme, its kinds of things, and as many places as its text needs."""
+    """The names of one problem: a theme, its kinds of things, and as many places as a text of some length needs."""
 
     def __init__(self, dice, length, name_words):
         group, unit, places, kinds = dice.pick(THEMES)
-        # a small square of words, so that other places share a word with the place that is asked about
-        side = math.ceil(math.sqrt(1.2 * (10 + length / 25)))
+        places, kinds = [[ID[word] for word in words] for words in (places, kinds)]
         if name_words == 2:
-            places = [
-                (a, b) for a in dice.some(PLACE_ADJECTIVES, min(side, 40)) for b in dice.some(places, min(side, 30))
-            ]
-            kinds = [(a, b) for a in dice.some(KIND_ADJECTIVES, 3) for b in dice.some(kinds, 3)]
+            # few adjectives, so that many other places share one with the place that is asked about
+            count = 12 + length / 18
+            first = dice.some(PLACE_FIRST, min(len(PLACE_FIRST), max(3, math.ceil(count / len(places)))))
+            second = dice.some(places, min(len(places), math.ceil(count / len(first))))
+            places = [(a, b) for a in first for b in second]
+            kinds = [(a, b) for a in dice.some(KIND_FIRST, 3) for b in dice.some(kinds, 3)]
         else:
             places, kinds = [(b,) for b in places], [(b,) for b in kinds]
-        order = dice.rng.permutation(len(places)).tolist()
-        self.places = [tuple(ID[w] for w in places[i]) for i in order]
-        self.kinds = [tuple(ID[w] for w in kind) for kind in dice.some(kinds, KINDS)]
+        self.places, self.taken = [places[i] for i in dice.rng.permutation(len(places)).tolist()], 0
+        self.kinds = dice.some(kinds, KINDS)
         number, average, total = ids_of("the number of"), ids_of(f"the average {unit} of"), ids_of("the total")
         self.start = {COUNT: tuple(number), AVERAGE: tuple(average)}
         self.totals = tuple(total + [ID["number"], ID["of"], ID[group]]), tuple(total + ids_of(f"{unit} of {group}"))
+
+    def take(self, count):
+        """The next `count` places, a list of tuples of token ids."""
+        self.taken += count
+        return self.places[self.taken - count : self.taken]
 
 
 class World:
     """Up to five places x five kinds, in which plans get their names."""
 
     def __init__(self, dice, names):
-        self.dice, self.names, self.used = dice, names, set()
-        self.open = names.places[-OPEN_PLACES:]
-        del names.places[-OPEN_PLACES:]
+        self.dice, self.names, self.pairs = dice, names, 0
+        free = [(place, kind) for place in names.take(OPEN_PLACES) for kind in names.kinds]
+        self.free = {COUNT: free, AVERAGE: free.copy()}
 
     def settle(self, plan):
         """Name every node of a plan. Returns False, with the plan unusable, if the world is too full for it."""
@@ -714,17 +729,19 @@ class World:
         for node in plan.nodes:
             if node.role == TOTAL:
                 # closed world: a total's place is its own, so nothing can add to it later
-                node.place, kinds[node] = names.places.pop(), self.dice.some(names.kinds, node.slot)
+                node.place, kinds[node] = names.take(1)[0], self.dice.some(names.kinds, node.slot)
                 node.name = names.totals[node.joined == "products"] + (IN, *node.place)
                 continue
             if node.home is not None:
                 node.place, kind = node.home.place, kinds[node.home][node.slot]
             else:
-                free = [(p, k) for p in self.open for k in names.kinds if (node.role, p, k) not in self.used]
+                free = self.free[node.role]
                 if not free:
                     return False
-                node.place, kind = self.dice.pick(free)
-            self.used.add((node.role, node.place, kind))
+                i = self.dice.below(len(free))
+                (node.place, kind), free[i] = free[i], free[-1]
+                free.pop()
+            self.pairs += 1
             node.name = names.start[node.role] + kind + (IN, *node.place)
         return True
 
@@ -741,9 +758,9 @@ def sentence(node):
         return [*node.name, *RHS["is positive ."]]
     tokens = [*node.name, EQUALS]
     if not node.refs:
-        return tokens + digits(node.k) + [DOT]
+        return tokens + LITERALS[node.k] + [DOT]
     if node.operation:
-        tokens += digits(node.k) + RHS[node.operation]
+        tokens += LITERALS[node.k] + RHS[node.operation]
     tokens += JOINED[node.joined]
     for ref in node.refs:
         tokens += ref.name
@@ -768,8 +785,6 @@ def hash_sentences(sentences):
 
 class Fact:
     """What a sentence says of a parameter: operation, k, joined, refs as in Node, but refs are names (tuples)."""
-
-    __slots__ = ("operation", "k", "joined", "refs")
 
     def __init__(self, operation, k, joined, refs):
         self.operation, self.k, self.joined, self.refs = operation, k, joined, refs
@@ -962,6 +977,7 @@ class Problem:
 
     def name(self, names):
         """Give the question its words; returns the hash of its sentences."""
+        names.taken = 0  # by an earlier problem that was rejected
         self.names, self.world = names, World(self.dice, names)
         self.possible = self.world.settle(self.plan)
         if not self.possible:
@@ -988,7 +1004,7 @@ class Problem:
         full = False
         while not full:
             plan = draw_plan(dice, low + dice.below(high - low + 1), self.hard, others if dice.chance(0.5) else None)
-            if len(world.used) >= WORLD_PAIRS or not world.settle(plan):
+            if world.pairs >= WORLD_PAIRS or not world.settle(plan):
                 origin, world = "noise", World(dice, self.names)
                 world.settle(plan)
             for node in reversed(plan.nodes):  # what is referred to comes first, so one can stop anywhere
@@ -1100,7 +1116,7 @@ class GSMInfinite:
 
     def longest(self):
         """The largest length, int, for which there are enough names."""
-        return 32_768 if self.name_words == 2 else 512
+        return 32_768 if self.name_words == 2 else 192
 
     def _longest_solution(self):
         name = 6 + 2 * self.name_words
@@ -1115,7 +1131,8 @@ class GSMInfinite:
             if low <= high:
                 ranges.append((low, high))
         if not ranges:
-            raise ValueError(f"--L is {self.L}: no answer of {self.tail} tokens fits into one window, raise it")
+            text = f"{self.tail} tokens from the end of the text on must lie in one window, and at no length they do"
+            raise ValueError(f"--L is {self.L}: {text}; change it, --min-length or --max-length")
         return ranges
 
     def draw(self, rng, split, B):
@@ -1128,9 +1145,10 @@ class GSMInfinite:
             op = (self.min_op or self.op) + dice.below(self.op - (self.min_op or self.op) + 1)
             reverse = op >= REVERSE_FROM and (self.mode == "reverse" or self.mode == "both" and dice.chance(0.5))
             hard = op >= AVERAGES_FROM and (self.difficulty == "hard" or self.difficulty == "both" and dice.chance(0.5))
+            names = Names(dice, length, self.name_words)
             for _ in range(20_000):
                 problem = Problem(dice, op, hard, reverse)
-                h = problem.name(Names(dice, length, self.name_words)) if problem.possible else None
+                h = problem.name(names) if problem.possible else None
                 if h is not None and h not in seen and in_split(h, split):
                     break
             else:
