@@ -771,13 +771,11 @@ def sentence(node):
 
 def hash_sentences(sentences):
     """One hash for a set of sentences (lists of token ids) in any order: uint64 ()."""
-    hashes = []
-    for tokens in sentences:
-        h = 0
+    h = 0
+    for tokens in sorted(sentences):
         for token in tokens:
-            h = (h * 0x100000001B3 + token + 1) & 0xFFFFFFFFFFFFFFFF
-        hashes.append(h)
-    return splitmix64(splitmix64(np.array(hashes, dtype=np.uint64)).sum(dtype=np.uint64, keepdims=True))[0]
+            h = (h * 0x100000001B3 + token) & 0xFFFFFFFFFFFFFFFF  # exact in Python, on every machine
+    return splitmix64(np.array([h], dtype=np.uint64))[0]
 
 
 # reading: everything below works on tokens alone
