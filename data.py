@@ -1,5 +1,5 @@
 """
-What the model is asked: two synthetic memory tasks, generated on the fly with numpy.
+What the model is asked: three synthetic memory tasks, generated on the fly with numpy.
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
@@ -13,9 +13,11 @@ Batch s of a split is a pure function of (seed, split, s, B): nothing is stored,
 To see three examples that can be checked by hand:
     $ python data.py --task rule110
     $ python data.py --task depo --nodes 8 --hops 4
+    $ python data.py --task gsm --op 6
 
 Based on section 3 of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
-"Physics of Language Models: Part 4.1". Where the paper is silent, a comment starts with "not in the paper".
+"Physics of Language Models: Part 4.1". GSMInfinite asks what GSM-Infinite (arXiv:2502.05252) asks, in names, grammar
+and code of our own. Where the paper is silent, a comment starts with "not in the paper".
 
 Read next: kernels.py
 """
@@ -716,7 +718,7 @@ class Names:
 
 
 class World:
-    """Up to five places x five kinds, in which plans get their names."""
+    """Four places x five kinds, and a place of its own for every total: here plans get their names."""
 
     def __init__(self, dice, names):
         self.dice, self.names, self.pairs = dice, names, 0
@@ -999,32 +1001,39 @@ class Problem:
         dice, origin, world, others = self.dice, "distractor", self.world, self.plan.nodes
         left = length - len(self.questioned) - sum(map(len, self.sentences))
         low, high = max(1, self.op - 1), min(MAX_OP, self.op + 1)
-        full = False
-        while not full:
+        tokens = []
+        while len(tokens) <= left:
             plan = draw_plan(dice, low + dice.below(high - low + 1), self.hard, others if dice.chance(0.5) else None)
             if world.pairs >= WORLD_PAIRS or not world.settle(plan):
                 origin, world = "noise", World(dice, self.names)
                 world.settle(plan)
+            loose = []  # what nothing refers to yet
             for node in reversed(plan.nodes):  # what is referred to comes first, so one can stop anywhere
                 tokens = sentence(node)
-                full = len(tokens) > left
-                if full:
+                if len(tokens) > left:
                     break
                 left -= self._add(tokens, origin)
+                loose = [other for other in loose if other not in node.refs] + [node]
             others = plan.nodes
-        world = World(dice, self.names)
-        shortest = len(self.names.kinds[0]) + len(self.names.places[0]) + 7
-        while left >= shortest:
-            left -= self._add(self._constant(world, left == shortest), "noise")
-        self._open(left)
+        self._fit(left, loose)
 
-    def _constant(self, world, short):
-        """One more sentence with a constant, of one digit if it must be short."""
-        plan = draw_plan(self.dice, 1, False)
-        if short:
-            plan.nodes[0].k = 1 + self.dice.below(9)
-        world.settle(plan)
-        return sentence(plan.nodes[0])
+    def _fit(self, left, loose):
+        """Fill the last `left` tokens, too few for the next sentence of a plan, with sentences about what is loose."""
+        world = World(self.dice, self.names)
+        while True:
+            plan = draw_plan(self.dice, 1, False)
+            world.settle(plan)
+            (node,) = plan.nodes
+            for count in (3, 2, 1, 0):
+                node.refs, node.joined = loose[len(loose) - count :], "sum" if count > 1 else "one"
+                if len(sentence(node)) <= left:
+                    break
+            else:
+                node.k %= 10  # one digit
+                if not node.k or len(sentence(node)) > left:
+                    return self._open(left)
+            left -= self._add(sentence(node), "noise")
+            loose = loose[: len(loose) - len(node.refs)] + [node]
 
     def _add(self, tokens, origin):
         if tokens:
