@@ -495,15 +495,16 @@ DOT, ASKS, EQUALS, IS, IN, AND, X = (ID[word] for word in (". ? equals is in and
 SKIPPED = {ID[word] for word in OPENERS}
 PLACE_FIRST, KIND_FIRST = [[ID[word] for word in words] for words in (PLACE_ADJECTIVES, KIND_ADJECTIVES)]
 
-LARGEST_LITERAL, LARGEST_VALUE = 99, 9999  # every value is 1..9999: at most four digits
+# not in the paper: literals 1..99 and every value 1..9999; with the public 1..4, constant guesses score 30 % and more
+LARGEST_LITERAL, LARGEST_VALUE = 99, 9999
 ANSWER_TOKENS = 5  # four digits and <end>
 COUNT, AVERAGE, TOTAL = range(3)  # the roles of a parameter
 MAX_OP, REVERSE_FROM, AVERAGES_FROM = 10, 3, 4
 OPEN_PLACES, KINDS = 4, 5  # of a world: places besides those of its totals, and kinds of things
 WORLD_PAIRS = 12  # a world with as many (place, kind) pairs is complete
 
-
-# what a parameter may depend on: operation, joined, and how many refs; as often as they stand here
+# what a parameter may depend on: operation, joined, and how many refs
+# not in the paper: how often; they are drawn as often as they stand here
 FORMS = [(o, "one", 1) for o in ("", "plus", "plus", "times") for _ in range(8)]
 FORMS += [(o, "sum", n) for o in ("", "plus", "plus", "times") for n in (2, 3, 3, 4)]
 FORMS += [(o, "difference", 2) for o in ("", "plus", "plus", "times") for _ in range(4)]
@@ -1024,7 +1025,7 @@ class Problem:
             plan = draw_plan(self.dice, 1, False)
             world.settle(plan)
             (node,) = plan.nodes
-            for count in (3, 2, 1, 0):
+            for count in range(min(3, len(loose)), -1, -1):
                 node.refs, node.joined = loose[len(loose) - count :], "sum" if count > 1 else "one"
                 if len(sentence(node)) <= left:
                     break

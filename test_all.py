@@ -1194,7 +1194,11 @@ def gsm_read(text):
         name, right = re.fullmatch(r"(?:(?:now|also|here|then) )*(the [^=]+?) (?:equals|is) (.+)\.", piece).groups()
         assert name not in definitions, name
         parts = re.fullmatch(r"(?:(\d+)(?: (plus|times) |$))?(?:the (sum|difference) of (?=the))?(.*)", right).groups()
-        definitions[name] = (int(parts[0] or 0), parts[1], parts[2], parts[3].split(" and ") if parts[3] else [])
+        refs = parts[3].split(" and ") if parts[3] else []
+        assert len(refs) in {"sum": (2, 3, 4), "difference": (2,), None: (0, 1)}[parts[2]] and len(set(refs)) == len(
+            refs
+        )
+        definitions[name] = (int(parts[0] or 0), *parts[1:3], refs)
     return definitions, question[2], question[0], question[1] and int(question[1])
 
 
