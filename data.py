@@ -1119,8 +1119,9 @@ class GSMInfinite:
     def shortest(self, op):
         """A length, int, into which every problem of some op fits."""
         name = 4 + 2 * self.name_words + (self.difficulty != "medium" and op >= AVERAGES_FROM)
-        # every parameter is mentioned once and defined once; the last one is a constant of two digits
-        return op * (2 * name + 2) + 2 + (name + 4 if self.mode == "forward" or op < REVERSE_FROM else 2 * name + 11)
+        # the longest are chains: every parameter is mentioned and defined once; last, a constant of two digits
+        forward = op * (2 * name + 2) + 6
+        return forward if self.mode == "forward" or op < REVERSE_FROM else forward + name + 6
 
     def longest(self):
         """The largest length, int, for which there are enough names."""

@@ -1403,6 +1403,20 @@ def test_data_gsm_answers_of_a_batch_lie_in_one_chunk(sizes):
     assert len(set(lengths)) > 8 and (task.T > 200 or chosen == {2, 3})
 
 
+@pytest.mark.parametrize("mode, name_words", (("forward", 1), ("reverse", 2)))
+def test_data_gsm_shortest_text(mode, name_words):
+    """A problem does not fit into the length that is promised to suffice, or 64 tokens are too few for op 3."""
+    for op in (3, 7, 10):
+        sizes = dict(op=op, min_op=0, name_words=name_words, mode=mode, difficulty="medium")
+        with pytest.raises(ValueError) as info:
+            GSMInfinite(**sizes, min_length=10, max_length=10, L=5)
+        shortest = int(re.search(r"can need (\d+) tokens", str(info.value))[1])
+        assert op > 3 or name_words > 1 or shortest <= 64
+        task = GSMInfinite(**sizes, min_length=shortest, max_length=shortest, L=shortest - 1)
+        for text, said in gsm_rows(task, *task.batch(0, "train", 0, 100)):
+            assert said == f"{gsm_answer(text)[0]} <end>"
+
+
 def test_data_gsm_long_text():
     """32,000 tokens run out of names, or the answer gets lost in them."""
     task = GSMInfinite(2, 1, 32_001, 32_001)
