@@ -1128,8 +1128,9 @@ class GSMInfinite:
         return 32_768 if self.name_words == 2 else 192
 
     def _longest_solution(self):
-        name = 6 + 2 * self.name_words
-        return self.op * (name + 13) + 24 + 1
+        # a line is a name, "equals", a value of 4 tokens (with x: 10) and a dot; an operation adds at most 12 tokens
+        line = 5 + 2 * self.name_words + (6 if self.mode == "forward" else 12)
+        return 1 + self.op * line + (0 if self.mode == "forward" else 24)
 
     def _lengths_by_chunk(self):
         """The range of lengths with everything scored in one chunk, for each chunk: a list of (low, high)."""
