@@ -1,5 +1,5 @@
 """
-What the model is asked: two synthetic memory tasks, generated on the fly with numpy.
+What the model is asked: three synthetic memory tasks, generated on the fly with numpy.
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
@@ -13,9 +13,11 @@ Batch s of a split is a pure function of (seed, split, s, B): nothing is stored,
 To see three examples that can be checked by hand:
     $ python data.py --task rule110
     $ python data.py --task depo --nodes 8 --hops 4
+    $ python data.py --task gsm --op 6
 
 Based on section 3 of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
-"Physics of Language Models: Part 4.1". Where the paper is silent, a comment starts with "not in the paper".
+"Physics of Language Models: Part 4.1". GSMInfinite asks what GSM-Infinite (arXiv:2502.05252) asks, in names, grammar
+and code of our own. Where the paper is silent, a comment starts with "not in the paper".
 
 Read next: kernels.py
 """
@@ -23,7 +25,9 @@ Read next: kernels.py
 import argparse
 import math
 import os
+import re
 import subprocess
+import textwrap
 
 import numpy as np
 import torch
@@ -459,15 +463,844 @@ class Depo:
 
 
 # -----------------------------------------------------------------------------
+# GSM-Infinite: a word problem inside a long text of the same kind
+
+# not in the paper: names, grammar and generator are ours; the public GSM-Infinite has shortcuts that a model learns
+PLACE_ADJECTIVES = """bronze silver copper golden iron crystal marble velvet crimson scarlet amber violet indigo emerald
+    azure ivory ebony pearl ruby jade misty windy sunny frosty stormy quiet hidden ancient distant lonely upper lower
+    northern southern eastern western broken sunken narrow mighty sleepy merry gentle bitter barren lush rocky sandy
+    snowy rainy cloudy shady bright dim eerie royal humble proud wild calm""".split()
+KIND_ADJECTIVES = """striped spotted tiny giant new old heavy light round square plain painted dusty polished rusty
+    smooth rough curved folded noisy rapid slow sturdy fragile""".split()
+THEMES = (  # what the things are called together, what a single one is averaged over, places, kinds of things
+    ("animals", "weight",
+     """valley ridge meadow canyon forest marsh island cove plateau gorge glade prairie delta lagoon summit hollow heath
+     basin cliff dune fjord grove knoll moor oasis quarry ravine steppe tundra woodland""".split(),
+     "otters foxes owls badgers hares herons lynxes moles newts ravens stoats voles".split()),
+    ("goods", "price",
+     """harbor plaza arcade bazaar wharf depot alley terrace pier courtyard station tower bridge gallery fountain mill
+     garden chapel theater foundry library tavern bakery brewery cellar workshop warehouse stable orchard
+     lighthouse""".split(),
+     "lanterns kettles baskets mirrors clocks carpets ladders barrels candles hammers ropes bells".split()),
+    ("machines", "power",
+     """moon crater dome outpost colony beacon platform hangar module capsule ring cluster nebula comet asteroid
+     satellite probe gateway spire vault bunker silo relay array tether dock airlock galaxy pulsar quasar""".split(),
+     "robots drones rovers sensors antennas engines lasers magnets batteries cables filters pumps".split()),
+)  # fmt: skip
+OPENERS = "now also here then".split()  # a sentence may start with some of them; they mean nothing
+FUNCTION_WORDS = """the number total average of in equals is positive plus minus times sum difference and if what x
+    . , ? ( )""".split()
+
+WORDS = ["<pad>", "<end>", "answer:", "solution:", *"0123456789", *FUNCTION_WORDS, *OPENERS]
+WORDS += PLACE_ADJECTIVES + KIND_ADJECTIVES
+WORDS += [word for group, unit, places, kinds in THEMES for word in (group, unit, *places, *kinds)]
+ID = {word: i for i, word in enumerate(WORDS)}
+PAD, END, ANSWER, SOLUTION, ZERO = 0, 1, 2, 3, 4  # the digit d is token ZERO + d
+DOT, ASKS, EQUALS, IS, IN, AND, X = (ID[word] for word in (". ? equals is in and x").split())
+SKIPPED = {ID[word] for word in OPENERS}
+PLACE_FIRST, KIND_FIRST = [[ID[word] for word in words] for words in (PLACE_ADJECTIVES, KIND_ADJECTIVES)]
+
+# not in the paper: literals 1..99 and every value 1..9999; with the public 1..4, constant guesses score 30 % and more
+LARGEST_LITERAL, LARGEST_VALUE = 99, 9999
+ANSWER_TOKENS = 5  # four digits and <end>
+COUNT, AVERAGE, TOTAL = range(3)  # the roles of a parameter
+MAX_OP, REVERSE_FROM, AVERAGES_FROM = 10, 3, 4
+OPEN_PLACES, KINDS = 4, 5  # of a world: places besides those of its totals, and kinds of things
+WORLD_PAIRS = 12  # a world with as many (place, kind) pairs is complete
+
+# what a parameter may depend on: operation, joined, and how many refs
+# not in the paper: how often; they are drawn as often as they stand here
+FORMS = [(o, "one", 1) for o in ("", "plus", "plus", "times") for _ in range(8)]
+FORMS += [(o, "sum", n) for o in ("", "plus", "plus", "times") for n in (2, 3, 3, 4)]
+FORMS += [(o, "difference", 2) for o in ("", "plus", "plus", "times") for _ in range(4)]
+
+
+def ids_of(words):
+    """Words of the vocabulary, separated by spaces -> their token ids, a list of int."""
+    return [ID[word] for word in words.split()]
+
+
+def digits(value):
+    """An integer from 0 to 9999 -> its token ids, a list of int. Raises ValueError beyond that."""
+    if not 0 <= value <= LARGEST_VALUE:
+        raise ValueError(f"{value} is outside the vocabulary: numbers are 0 to {LARGEST_VALUE}, rescale the problem")
+    return [ZERO + int(d) for d in str(value)]
+
+
+LITERALS = [digits(k) for k in range(LARGEST_LITERAL + 1)]
+
+
+class Dice:
+    """Single random numbers from a numpy Generator, drawn in blocks because one at a time is slow."""
+
+    def __init__(self, rng):
+        self.rng, self.block = rng, []
+
+    def below(self, n):
+        """An integer from 0 to n-1."""
+        if not self.block:
+            self.block = self.rng.random(2048).tolist()
+        return int(self.block.pop() * n)
+
+    def chance(self, p):
+        """True with probability p."""
+        if not self.block:
+            self.block = self.rng.random(2048).tolist()
+        return self.block.pop() < p
+
+    def pick(self, items):
+        """One of the items of a sequence."""
+        return items[self.below(len(items))]
+
+    def some(self, items, count):
+        """`count` different items of a sequence, in random order: a list."""
+        items = list(items)
+        for i in range(count):
+            j = i + self.below(len(items) - i)
+            items[i], items[j] = items[j], items[i]
+        return items[:count]
+
+
+class Node:
+    """
+    One parameter: "<name> equals [k plus | k times] [the sum of | the difference of] <refs>", or "<name> equals k".
+
+    operation: "", "plus", "times", or "unknown" for what a reverse problem asks; joined: "one", "sum", "difference",
+    or "products" for a total of counts x averages, whose refs are count, average, count, average, ...; role: COUNT,
+    AVERAGE or TOTAL. A node of a total's own place knows that total (home) and which of its kinds it counts (slot).
+    """
+
+    operation, k, joined, refs = "", 0, "one", ()
+
+    def __init__(self, role, home=None, slot=0):
+        self.role, self.home, self.slot = role, home, slot
+
+
+def operations_of(fact):
+    """The binary operations in one definition (a Node or a Fact)."""
+    return max(0, len(fact.refs) - 1) + (fact.operation in ("plus", "times"))
+
+
+class Plan:
+    """
+    The dependency graph of one question, drawn backwards from it until parameters + binary operations is exactly op.
+
+    nodes: the parameters, the asked one first; each refers only to later ones, and all but the first are referred to.
+    """
+
+    def __init__(self, dice, op, hard):
+        self.dice, self.hard = dice, hard
+        self.totals = 2  # a world has places for two totals of each of its plans
+        self.nodes, self.open, self.rest = [], [], op
+        root = self._new(op, 0.4)
+        self.rest -= self._price(root)
+        self.open.append(root)
+        while self.open:
+            node = self.open.pop(-1 if dice.chance(0.85) else dice.below(len(self.open)))
+            self.nodes.append(node)
+            if node.role == TOTAL:
+                self._expand(node)
+            elif self.rest and (not self.open or dice.chance(0.7)):
+                self._define(node)
+
+    def _price(self, node):
+        # a total pays for its summands and their operations at once: n - 1 additions, with averages n products too
+        return 1 if node.role != TOTAL else node.slot * (4 if self.hard else 2)
+
+    def _new(self, spare, p_total):
+        """A new parameter that costs at most `spare`; a total's slot holds its number of kinds."""
+        price = 4 if self.hard else 2
+        if self.totals and spare >= price and self.dice.chance(p_total):
+            self.totals -= 1
+            return Node(TOTAL, slot=1 + self.dice.below(min(3, spare // price)))
+        return Node(AVERAGE if self.hard and self.dice.chance(0.3) else COUNT)
+
+    def _expand(self, total):
+        """Give a total its summands."""
+        total.joined, roles = ("products", (COUNT, AVERAGE)) if self.hard else ("sum", (COUNT,))
+        total.refs = [Node(role, total, slot) for slot in range(total.slot) for role in roles]
+        self.open += total.refs
+
+    def _define(self, node):
+        """Draw what a parameter depends on, within the rest of op."""
+        dice = self.dice
+        while True:
+            node.operation, node.joined, count = dice.pick(FORMS)
+            spare, totals = self.rest - (node.operation != "") - (count - 1), self.totals
+            if spare < 0 or spare < count - len(self.open):
+                continue
+            refs, new = [], []
+            while len(refs) < count and spare >= 0:
+                known = [n for n in self.open if n not in refs]
+                if known and dice.chance(0.25 if spare else 1):
+                    refs.append(dice.pick(known))  # still undefined, so it cannot depend on this node
+                    continue
+                new.append(self._new(spare, 0.2))
+                refs.append(new[-1])
+                spare -= self._price(new[-1])
+            if spare >= 0:
+                self.rest, node.refs = spare, refs
+                self.open += new
+                return
+            self.totals = totals
+
+    def draw_numbers(self):
+        """Draw literals and compute every value; False if one is not in 1..9999."""
+        for node in reversed(self.nodes):
+            if not node.refs:
+                node.k = node.value = 1 + self.dice.below(LARGEST_LITERAL)
+                continue
+            if node.joined == "difference":
+                node.refs = sorted(node.refs, key=lambda ref: -ref.value)
+            value = combine(node.joined, [ref.value for ref in node.refs])
+            if node.operation == "plus":
+                node.k = 1 + self.dice.below(LARGEST_LITERAL)
+                value += node.k
+            elif node.operation == "times":
+                largest = min(LARGEST_LITERAL, LARGEST_VALUE // max(value, 1))
+                node.k = 2 + self.dice.below(largest - 1) if largest >= 2 else 0
+                value *= node.k
+            if not 1 <= value <= LARGEST_VALUE:
+                return False
+            node.value = value
+        return True
+
+    def hang_on(self, others):
+        """Put a parameter of another plan in the place of one of this plan's constants; its numbers must be redrawn."""
+        leaves = [n for n in self.nodes[1:] if not n.refs and n.home is None]
+        if leaves:
+            leaf = self.dice.pick(leaves)
+            outside = others[0] if self.dice.chance(0.5) else self.dice.pick(others)  # nothing refers to others[0] yet
+            for node in self.nodes:
+                node.refs = [outside if ref is leaf else ref for ref in node.refs]
+            self.nodes.remove(leaf)
+
+
+def combine(joined, values):
+    """The sum, difference or sum of products of a list of numbers."""
+    if joined == "difference":
+        return values[0] - values[1]
+    if joined == "products":
+        return sum(count * average for count, average in zip(values[::2], values[1::2]))
+    return sum(values)
+
+
+def draw_plan(dice, op, hard, others=None):
+    """A Plan with numbers; `others` are parameters of another plan on which it may hang."""
+    while True:
+        plan = Plan(dice, op, hard)
+        if others:
+            plan.hang_on(others)
+        for _ in range(5):
+            if plan.draw_numbers():
+                return plan
+
+
+class Names:
+    """The names of one problem: a theme, its kinds of things, and as many places as a text of some length needs."""
+
+    def __init__(self, dice, length, name_words):
+        group, unit, places, kinds = dice.pick(THEMES)
+        places, kinds = [[ID[word] for word in words] for words in (places, kinds)]
+        if name_words == 2:
+            # few adjectives, so that many other places share one with the place that is asked about
+            count = 12 + length / 18
+            first = dice.some(PLACE_FIRST, min(len(PLACE_FIRST), max(3, math.ceil(count / len(places)))))
+            second = dice.some(places, min(len(places), math.ceil(count / len(first))))
+            places = [(a, b) for a in first for b in second]
+            kinds = [(a, b) for a in dice.some(KIND_FIRST, 3) for b in dice.some(kinds, 3)]
+        else:
+            places, kinds = [(b,) for b in places], [(b,) for b in kinds]
+        self.places, self.taken = [places[i] for i in dice.rng.permutation(len(places)).tolist()], 0
+        self.kinds = dice.some(kinds, KINDS)
+        number, average, total = ids_of("the number of"), ids_of(f"the average {unit} of"), ids_of("the total")
+        self.start = {COUNT: tuple(number), AVERAGE: tuple(average)}
+        self.totals = tuple(total + [ID["number"], ID["of"], ID[group]]), tuple(total + ids_of(f"{unit} of {group}"))
+
+    def take(self, count):
+        """The next `count` places, a list of tuples of token ids."""
+        self.taken += count
+        return self.places[self.taken - count : self.taken]
+
+
+class World:
+    """Four places x five kinds, and a place of its own for every total: here plans get their names."""
+
+    def __init__(self, dice, names):
+        self.dice, self.names, self.pairs = dice, names, 0
+        free = [(place, kind) for place in names.take(OPEN_PLACES) for kind in names.kinds]
+        self.free = {COUNT: free, AVERAGE: free.copy()}
+
+    def settle(self, plan):
+        """Name every node of a plan. Returns False, with the plan unusable, if the world is too full for it."""
+        names, kinds = self.names, {}
+        for node in plan.nodes:
+            if node.role == TOTAL:
+                # closed world: a total's place is its own, so nothing can add to it later
+                node.place, kinds[node] = names.take(1)[0], self.dice.some(names.kinds, node.slot)
+                node.name = names.totals[node.joined == "products"] + (IN, *node.place)
+                continue
+            if node.home is not None:
+                node.place, kind = node.home.place, kinds[node.home][node.slot]
+            else:
+                free = self.free[node.role]
+                if not free:
+                    return False
+                i = self.dice.below(len(free))
+                (node.place, kind), free[i] = free[i], free[-1]
+                free.pop()
+            self.pairs += 1
+            node.name = names.start[node.role] + kind + (IN, *node.place)
+        return True
+
+
+RHS = {word: ids_of(word) for word in ("plus", "times", "is positive .")}
+JOINED = {"one": [], "sum": ids_of("the sum of"), "difference": ids_of("the difference of")}
+
+
+def sentence(node):
+    """The tokens of a named node's definition, a list of int; a total has none and gives []."""
+    if node.role == TOTAL:
+        return []
+    if node.operation == "unknown":
+        return [*node.name, *RHS["is positive ."]]
+    tokens = [*node.name, EQUALS]
+    if not node.refs:
+        return tokens + LITERALS[node.k] + [DOT]
+    if node.operation:
+        tokens += LITERALS[node.k] + RHS[node.operation]
+    tokens += JOINED[node.joined]
+    for ref in node.refs:
+        tokens += ref.name
+        tokens.append(AND)
+    tokens[-1] = DOT
+    return tokens
+
+
+def hash_sentences(sentences):
+    """One hash for a set of sentences (lists of token ids) in any order: uint64 ()."""
+    h = 0
+    for tokens in sorted(sentences):
+        for token in tokens:
+            h = (h * 0x100000001B3 + token) & 0xFFFFFFFFFFFFFFFF  # exact in Python, on every machine
+    return splitmix64(np.array([h], dtype=np.uint64))[0]
+
+
+# reading: everything below works on tokens alone
+
+
+class Fact:
+    """What a sentence says of a parameter: operation, k, joined, refs as in Node, but refs are names (tuples)."""
+
+    def __init__(self, operation, k, joined, refs):
+        self.operation, self.k, self.joined, self.refs = operation, k, joined, refs
+
+
+def number(tokens):
+    """The tokens of digits -> int."""
+    return int("".join(str(t - ZERO) for t in tokens))
+
+
+def read_rhs(rhs):
+    """The tokens of a sentence behind <name> equals, without the dot -> Fact."""
+    if rhs == RHS["is positive ."][1:-1]:
+        return Fact("unknown", 0, "one", [])
+    i = 0
+    while i < len(rhs) and ZERO <= rhs[i] < ZERO + 10:
+        i += 1
+    k, operation, joined = number(rhs[:i]) if i else 0, "", "one"
+    if i == len(rhs):
+        return Fact("", k, "one", [])
+    if i:
+        operation, i = WORDS[rhs[i]], i + 1
+    for kind in ("sum", "difference"):
+        if rhs[i : i + 3] == JOINED[kind]:
+            joined, i = kind, i + 3
+    refs, start = [], i
+    for j in range(i, len(rhs) + 1):
+        if j == len(rhs) or rhs[j] == AND:
+            refs.append(tuple(rhs[start:j]))
+            start = j + 1
+    return Fact(operation, k, joined, refs)
+
+
+class Reading:
+    """
+    A prompt as a person would read it. ids: its token ids, a list of int, up to the first "answer:" or "solution:".
+
+    asked: the name in the question; given: None, or (name, value) in a reverse problem;
+    lines: {name: the tokens behind it};
+    needed: {name: Fact} of what the question depends on, what a fact refers to before it.
+    """
+
+    def __init__(self, ids):
+        q = ids.index(ASKS)
+        start = max((i + 1 for i in range(q) if ids[i] == DOT), default=0)
+        question, text = ids[start:q], ids[:start] + ids[q + 1 :]
+        self.lines, first = {}, 0
+        for i, token in enumerate(text):
+            if token == DOT:
+                while text[first] in SKIPPED:
+                    first += 1
+                cut = first
+                while text[cut] not in (EQUALS, IS):
+                    cut += 1
+                self.lines[tuple(text[first:cut])] = text[cut + 1 : i]
+                first = i + 1
+        given, self.given = question, None
+        what = question.index(ID["what"])
+        self.asked = tuple(question[what + 2 :])
+        if what:
+            cut = given.index(EQUALS)
+            self.given = tuple(given[1:cut]), number(given[cut + 1 : what - 1])
+        self.needed, self.depths = {}, {}
+        self._visit(self.given[0] if what else self.asked)
+
+    def _visit(self, name):
+        """Add a parameter to `needed`, after all it refers to."""
+        if name in self.needed:
+            return
+        if name[1] == ID["total"]:
+            place, products = name[name.index(IN) :], name[2] != ID["number"]
+            refs = [n for n in self.lines if n[-len(place) :] == place and n[1] == ID["number"]]
+            if products:
+                average = (ID["the"], ID["average"], *name[2:4])
+                refs = [ref for n in refs for ref in (n, average + n[3:])]
+            fact = Fact("", 0, "products" if products else "sum", refs)
+        else:
+            fact = read_rhs(self.lines[name])
+        for ref in fact.refs:
+            self._visit(ref)
+        self.needed[name] = fact
+        self.depths[name] = 1 + max((self.depths[ref] for ref in fact.refs), default=0)
+
+    def sentences(self):
+        """The sentences that the question depends on, without their openers: a list of lists of token ids."""
+        words = {name: IS if fact.operation == "unknown" else EQUALS for name, fact in self.needed.items()}
+        return [[*n, words[n], *self.lines[n], DOT] for n in self.needed if n in self.lines]
+
+    def parameters(self):
+        """How many named parameters the question depends on."""
+        return len(self.needed)
+
+    def operations(self):
+        """How many binary operations these parameters' definitions hold."""
+        return sum(operations_of(fact) for fact in self.needed.values())
+
+    def depth(self):
+        """The number of parameters on the longest chain of references."""
+        return max(self.depths.values())
+
+    def solve(self):
+        """Returns (answer, lines of the worked solution, each a list of token ids)."""
+        forms, lines = linear_forms(self.needed), []
+        for name, fact in self.needed.items():
+            a, b = forms[name]
+            steps = [linear_tokens(a, b)]
+            if fact.refs and not a and (working := show_working(fact, forms)) is not None:
+                steps.insert(0, working)
+            lines.append([*name, *(token for step in steps for token in (EQUALS, *step)), DOT])
+        if self.given is None:
+            return forms[self.asked][1], lines
+        name, value = self.given
+        a, b = forms[name]
+        lines.append([*linear_tokens(a, b), EQUALS, *digits(value), DOT, X, EQUALS, *digits((value - b) // a), DOT])
+        return (value - b) // a, lines
+
+
+def linear_forms(facts):
+    """
+    Every parameter as a x + b, x being the one that is unknown. facts: {name: Fact or Node}, refs first.
+    Returns {name: (a, b)}, or None where x would be multiplied by itself.
+    """
+    forms = {}
+    for name, fact in facts.items():
+        a, b = (1, 0) if fact.operation == "unknown" else (0, fact.k)
+        if fact.refs:
+            refs = [forms[ref] for ref in fact.refs]
+            slopes, values = [r[0] for r in refs], [r[1] for r in refs]
+            if fact.joined == "products":
+                if any(p and q for p, q in zip(slopes[::2], slopes[1::2])):
+                    return None
+                crossed = zip(slopes[::2], slopes[1::2], values[::2], values[1::2])
+                a = sum(p * w + q * v for p, q, v, w in crossed)
+            else:
+                a = combine(fact.joined, slopes)
+            b = combine(fact.joined, values)
+            a, b = (fact.k * a, fact.k * b) if fact.operation == "times" else (a, b + fact.k)
+        forms[name] = a, b
+    return forms
+
+
+def linear_tokens(a, b):
+    """a x + b as token ids, without a factor of one or a term of zero; never starts with a minus."""
+    if not a:
+        return digits(b)
+    times_x = [*(digits(abs(a)) if abs(a) > 1 else []), X]
+    if a < 0:
+        return [*digits(b), ID["minus"], *times_x]
+    return times_x + ([ID["plus" if b > 0 else "minus"], *digits(abs(b))] if b else [])
+
+
+def show_working(fact, forms):
+    """The right-hand side with numbers for names, as token ids; None if it is one number or depends on x."""
+    if any(forms[ref][0] for ref in fact.refs) or not operations_of(fact):
+        return None
+    words = {"sum": "plus", "difference": "minus", "products": "plus", "one": "plus"}
+    tokens = []
+    for i, ref in enumerate(fact.refs):
+        if i:
+            tokens.append(ID["times" if fact.joined == "products" and i % 2 else words[fact.joined]])
+        tokens += digits(forms[ref][1])
+    if fact.operation and len(fact.refs) > 1:
+        tokens = [ID["("], *tokens, ID[")"]]
+    return [*digits(fact.k), ID[fact.operation], *tokens] if fact.operation else tokens
+
+
+class Problem:
+    """
+    A question, its sentences and their origin: "needed", "distractor" (of the question's world) or "noise".
+
+    sentences: list of lists of token ids, not shuffled yet; questioned: the question's tokens; answer: int.
+    """
+
+    def __init__(self, dice, op, hard, reverse):
+        self.dice, self.op, self.hard = dice, op, hard
+        self.plan, self.sentences, self.origin = draw_plan(dice, op, hard), [], []
+        root = self.plan.nodes[0]
+        self.leaf = self._hide() if reverse else None
+        self.possible = not reverse or self.leaf is not None
+        self.answer = self.leaf.value if self.leaf else root.value
+
+    def _hide(self):
+        """Make one constant the unknown of a reverse problem; returns it, or None where none will do."""
+        root, leaf = self.plan.nodes[0], self.dice.pick([n for n in self.plan.nodes if not n.refs])
+        leaf.operation = "unknown"
+        forms = linear_forms({node: node for node in reversed(self.plan.nodes)})
+        small = forms is not None and all(max(map(abs, form)) <= LARGEST_VALUE for form in forms.values())
+        # the slope must not vanish, and the answer must not stand in the question
+        return leaf if small and forms[root][0] and forms[root] != (1, 0) else None
+
+    def name(self, names):
+        """Give the question its words; returns the hash of its sentences."""
+        names.taken = 0  # by an earlier problem that was rejected
+        self.names, self.world = names, World(self.dice, names)
+        self.possible = self.world.settle(self.plan)
+        if not self.possible:
+            return None
+        root = self.plan.nodes[0]
+        self.sentences = [tokens for node in self.plan.nodes if (tokens := sentence(node))]
+        self.origin = ["needed"] * len(self.sentences)
+        self.questioned = ids_of("what is")
+        if self.leaf:
+            self.questioned = [ID["if"], *root.name, EQUALS, *digits(root.value), ID[","], *self.questioned]
+        self.questioned += [*(self.leaf or root).name, ASKS]
+        return hash_sentences(self.sentences)
+
+    def fill(self, length):
+        """
+        Add what the question does not need until question and sentences have `length` tokens.
+
+        not in the paper: the rest of the world and the noise are other questions' sentences, drawn exactly like the
+        needed ones, so that nothing but the question tells them apart. Half of them hang on the plan before.
+        """
+        dice, origin, world, others = self.dice, "distractor", self.world, self.plan.nodes
+        left = length - len(self.questioned) - sum(map(len, self.sentences))
+        low, high = max(1, self.op - 1), min(MAX_OP, self.op + 1)
+        tokens = []
+        while len(tokens) <= left:
+            plan = draw_plan(dice, low + dice.below(high - low + 1), self.hard, others if dice.chance(0.5) else None)
+            if world.pairs >= WORLD_PAIRS or not world.settle(plan):
+                origin, world = "noise", World(dice, self.names)
+                world.settle(plan)
+            loose = []  # what nothing refers to yet
+            for node in reversed(plan.nodes):  # what is referred to comes first, so one can stop anywhere
+                tokens = sentence(node)
+                if len(tokens) > left:
+                    break
+                left -= self._add(tokens, origin)
+                loose = [other for other in loose if other not in node.refs] + [node]
+            others = plan.nodes
+        self._fit(left, loose)
+
+    def _fit(self, left, loose):
+        """Fill the last `left` tokens, too few for the next sentence of a plan, with sentences about what is loose."""
+        world = World(self.dice, self.names)
+        while True:
+            plan = draw_plan(self.dice, 1, False)
+            world.settle(plan)
+            (node,) = plan.nodes
+            for count in range(min(3, len(loose)), -1, -1):
+                node.refs, node.joined = loose[len(loose) - count :], "sum" if count > 1 else "one"
+                if len(sentence(node)) <= left:
+                    break
+            else:
+                node.k %= 10  # one digit
+                if not node.k or len(sentence(node)) > left:
+                    return self._open(left)
+            left -= self._add(sentence(node), "noise")
+            loose = loose[: len(loose) - len(node.refs)] + [node]
+
+    def _add(self, tokens, origin):
+        if tokens:
+            self.sentences.append(tokens)
+            self.origin.append(origin)
+        return len(tokens)
+
+    def _open(self, count):
+        """Start random sentences with `count` openers in all: the length is exact, and they tell nothing."""
+        for _ in range(count):
+            i = self.dice.below(len(self.sentences))
+            self.sentences[i] = [ID[self.dice.pick(OPENERS)], *self.sentences[i]]
+
+
+class GSMInfinite:
+    """
+    A word problem whose few necessary sentences stand among many of the same kind (paper section 3).
+
+    A text defines parameters, "the number of K in P", in any order; "the total number of ..." in a place is never
+    defined: it is the sum over the kinds that the text mentions there (`hard`: of counts x averages). op is exactly
+    the number of necessary parameters + binary operations; op 1 is one constant that is asked for. A `reverse` problem
+    gives the value of the last parameter and asks for a constant. With op=4, two-word names, forward:
+
+        x   what is the number of old owls in iron grove ? ... the number of old owls in iron grove equals 1 2 plus
+            the number of tiny hares in iron fjord . ... now the number of tiny hares in iron fjord equals the number
+            of old moles in misty heath . ... answer: 4 5
+        y   (scored)                                  4   5 <end>
+
+    A row's length, drawn uniformly, counts its tokens up to and including "answer:" (or "solution:"), which lies
+    behind the first window of L tokens and in the same window in all rows of a batch. At most 4 digits, <end> and as
+    much <pad> as it takes follow.
+    """
+
+    name = "gsm"
+
+    def __init__(
+        self, op=8, min_op=1, min_length=2001, max_length=3300, L=2000, name_words=2, mode="both", difficulty="both",
+        question="first", worked=False,
+    ):  # fmt: skip
+        """
+        op, min_op: largest and smallest op, uniform between them; min_op=0 is op itself. min_length, max_length: of a
+        row, see above. L: window in tokens. name_words: 1 or 2. mode: forward, reverse or both; difficulty: medium,
+        hard or both. question: first or last. worked: write the solution before the answer and score it too.
+        Where op is too small for reverse (below 3) or hard (below 4), "both" means the other one. Raises ValueError.
+        """
+        self.op, self.min_op, self.min_length, self.max_length, self.L = op, min_op, min_length, max_length, L
+        self.name_words, self.mode, self.difficulty = name_words, mode, difficulty
+        self.question, self.worked = question, worked
+        self._check()
+        self.vocab_size = len(WORDS)
+        self.tail = ANSWER_TOKENS + (self._longest_solution() if worked else 0)
+        self.levels = op  # a level is the largest op
+        self.context = (min_length - 1) // L * L  # slept over in every row
+        self.T = max_length + self.tail - 1
+        self.chunks = self._lengths_by_chunk()
+
+    def _check(self):
+        """Refuse sizes that make no sense."""
+        low = self.min_op or self.op
+        choices = {"mode": ("forward", "reverse", "both"), "difficulty": ("medium", "hard", "both")}
+        for flag, values in (choices | {"question": ("first", "last"), "name_words": (1, 2)}).items():
+            if getattr(self, flag) not in values:
+                allowed = " or ".join(map(str, values))
+                raise ValueError(f"--{flag.replace('_', '-')} is {getattr(self, flag)!r}: use {allowed}")
+        if not 1 <= self.op <= MAX_OP:
+            raise ValueError(f"--op is {self.op}: use 1 to {MAX_OP}")
+        if not 1 <= low <= self.op:
+            raise ValueError(f"--min-op is {self.min_op}: use 1 to {self.op} (--op), or 0 for --op alone")
+        if self.mode == "reverse" and low < REVERSE_FROM:
+            raise ValueError(f"--mode reverse needs --min-op {REVERSE_FROM} or more, not {low}: raise it or use both")
+        if self.difficulty == "hard" and low < AVERAGES_FROM:
+            raise ValueError(f"--difficulty hard needs --min-op {AVERAGES_FROM} or more, not {low}: or use both")
+        if self.min_length < (needs := self.shortest(self.op)):
+            raise ValueError(f"--min-length is {self.min_length}: problems of op {self.op} can need {needs} tokens")
+        if not self.min_length <= self.max_length <= self.longest():
+            text = f"use {self.min_length} (--min-length) to {self.longest()}"
+            raise ValueError(f"--max-length is {self.max_length}: {text}, the most that --name-words can fill")
+        if not 1 <= self.L < self.min_length:
+            raise ValueError(
+                f"--L is {self.L}: use 1 to {self.min_length - 1}, the answer must lie behind the first window"
+            )
+
+    def shortest(self, op):
+        """A length, int, into which every problem of some op fits."""
+        name = 4 + 2 * self.name_words + (self.difficulty != "medium" and op >= AVERAGES_FROM)
+        # the longest are chains: every parameter is mentioned and defined once; last, a constant of two digits
+        forward = op * (2 * name + 2) + 6
+        return forward if self.mode == "forward" or op < REVERSE_FROM else forward + name + 6
+
+    def longest(self):
+        """The largest length, int, for which there are enough names."""
+        return 32_768 if self.name_words == 2 else 192
+
+    def _longest_solution(self):
+        # a line is a name, "equals", a value of 4 tokens (with x: 10) and a dot; an operation adds at most 12 tokens
+        line = 5 + 2 * self.name_words + (6 if self.mode == "forward" else 12)
+        return 1 + self.op * line + (0 if self.mode == "forward" else 24)
+
+    def _lengths_by_chunk(self):
+        """The range of lengths with everything scored in one chunk, for each chunk: a list of (low, high)."""
+        ranges = []
+        for chunk in range(1, self.max_length // self.L + 1):
+            low = max(self.min_length, chunk * self.L + 1)
+            high = min(self.max_length, (chunk + 1) * self.L - self.tail + 1)
+            if low <= high:
+                ranges.append((low, high))
+        if not ranges:
+            text = f"{self.tail} tokens from the end of the text on must lie in one window, and at no length they do"
+            raise ValueError(f"--L is {self.L}: {text}; change it, --min-length or --max-length")
+        return ranges
+
+    def draw(self, rng, split, B, op):
+        """B different problems of at most `op` as (Problem, length), lengths in one chunk; the texts are filled."""
+        dice, problems, seen = Dice(rng), [], set()
+        # not in the paper: a batch with several chunks to choose from takes one, by how many lengths it holds
+        sizes = np.array([high - low + 1 for low, high in self.chunks])
+        low, high = self.chunks[rng.choice(len(sizes), p=sizes / sizes.sum())]
+        least = self.min_op or self.op
+        most = max(least, op)
+        for length in rng.integers(low, high + 1, B).tolist():
+            op = least + dice.below(most - least + 1)
+            reverse = op >= REVERSE_FROM and (self.mode == "reverse" or self.mode == "both" and dice.chance(0.5))
+            hard = op >= AVERAGES_FROM and (self.difficulty == "hard" or self.difficulty == "both" and dice.chance(0.5))
+            names = Names(dice, length, self.name_words)
+            for _ in range(20_000):
+                problem = Problem(dice, op, hard, reverse)
+                h = problem.name(names) if problem.possible else None
+                if h is not None and h not in seen and in_split(h, split):
+                    break
+            else:
+                raise ValueError(f"--op {op} has too few problems for batches of {B} in the {split} split: raise it")
+            seen.add(h)
+            problem.fill(length - 1)
+            problems.append((problem, length))
+        return problems
+
+    def batch(self, seed, split, s, B, level=None):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). level: the largest op, all by default."""
+        rng = batch_rng(seed, split, s)
+        problems = self.draw(rng, split, B, self.op if level is None else min(level, self.op))
+        seq = np.full((B, self.T + 1), PAD)
+        m = np.zeros((B, self.T), dtype=bool)
+        for row, (problem, length) in enumerate(problems):
+            order = rng.permutation(len(problem.sentences)).tolist()
+            text = [token for i in order for token in problem.sentences[i]]
+            text = problem.questioned + text if self.question == "first" else text + problem.questioned
+            after = [ANSWER, *digits(problem.answer), END]
+            if self.worked:
+                after = [SOLUTION, *(token for line in Reading(text).solve()[1] for token in line), *after]
+            seq[row, : length + len(after) - 1] = text + after
+            m[row, length - 1 : length + len(after) - 2] = True
+        return as_tensors(seq[:, :-1], seq[:, 1:], m)
+
+    def _read(self, ids):
+        """A row of x, (T,) -> Reading of its prompt."""
+        ids = ids.tolist()
+        return Reading(ids[: ids.index(SOLUTION if SOLUTION in ids else ANSWER)])
+
+    def problem_hashes(self, x):
+        """The hash of every row's necessary sentences, recomputed from the tokens. x: (B, T) int64 -> uint64 (B,)."""
+        return np.array([hash_sentences(self._read(row).sentences()) for row in x], dtype=np.uint64)
+
+    def measures(self, x):
+        """
+        What the problems of x (B, T) ask for, read from the tokens: dict of int64 arrays (B,), "op", "parameters",
+        "operations", "depth" (parameters on the longest chain), "reverse" and "hard" (0 or 1).
+        """
+        rows = []
+        for row in x:
+            r = self._read(row)
+            counts = r.parameters() + r.operations(), r.parameters(), r.operations(), r.depth()
+            rows.append((*counts, r.given is not None, any(name[1] == ID["average"] for name in r.needed)))
+        names = ("op", "parameters", "operations", "depth", "reverse", "hard")
+        return dict(zip(names, np.array(rows, dtype=np.int64).reshape(-1, 6).T))
+
+    def decode(self, ids):
+        """Token ids (any 1-d sequence) -> str: words with spaces between them, the digits of a number without."""
+        words = [WORDS[int(i)] for i in ids]
+        return re.sub(r"(?<=\d) (?=\d)| (?=[.,?)])|(?<=\() ", "", " ".join(words))
+
+    def plain_text(self, ids):
+        """Token ids -> str for another tokenizer: as decode, with capitals, without <pad> and <end>."""
+        text = self.decode([i for i in ids if i not in (PAD, END)])
+        return re.sub(r"(^|[.?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
+
+    def encode(self, text):
+        """Text of this grammar -> its token ids, a list of int. Raises ValueError that names the words it has not."""
+        words = re.findall(r"<\w+>|[a-z]+:|[a-z]+|\d|\S", text.lower())
+        unknown = list(dict.fromkeys(word for word in words if word not in ID))
+        if unknown:
+            raise ValueError(f"not in the vocabulary of the task gsm: {', '.join(unknown)}; use its own words")
+        return [ID[word] for word in words]
+
+    def _by_op(self, x, values):
+        """Sort one value per row by op. x: (B, T) tensor, values: (B,) -> dict of arrays."""
+        op = self.measures(x)["op"]
+        return {f"op {i}": values[op == i] for i in range(self.min_op or self.op, self.op + 1)}
+
+    def _answers(self, x, y, m):
+        """Where the answer's digits and <end> are predicted, bool (B, T), and the answers, int64 (B,)."""
+        x, y, m = as_arrays(x, y, m)
+        part = m & (np.cumsum(x == ANSWER, axis=1) > 0)
+        labels = [number([t for t in row[where] if t != END]) for row, where in zip(y, part)]
+        return part, np.array(labels, dtype=np.int64)
+
+    def score(self, x, y, m, pred):
+        """All four (B, T) -> {"op k": bool array}: is the answer exact, every digit and <end>?"""
+        part = self._answers(x, y, m)[0]
+        return self._by_op(x, ~(part & (pred != y).cpu().numpy()).any(axis=1))
+
+    def losses(self, x, y, m, ce):
+        """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
+        part, ce = self._answers(x, y, m)[0], ce.cpu().numpy()
+        total = self._by_op(x, np.where(part, ce, 0).sum(axis=1))
+        count = self._by_op(x, part.sum(axis=1))
+        return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
+
+    def chance(self, x, y, m):
+        """The same keys as score -> accuracy of guessing uniformly among the integers that an answer can be (1..99 or
+        1..9999), and of the commonest answer of that op; nan if empty.
+        """
+        labels = self._answers(x, y, m)[1]
+        facts = self.measures(x)
+        literal = (facts["reverse"] == 1) | (facts["op"] <= 2)
+        guess = self._by_op(x, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
+        levels = {}
+        for key, answers in self._by_op(x, labels).items():
+            some = len(answers) > 0
+            levels[key] = {
+                "uniform": float(guess[key].mean()) if some else math.nan,
+                "majority": float(np.bincount(answers).max() / len(answers)) if some else math.nan,
+            }
+        return levels
+
+    def explain(self, x, y, m):
+        """One example, x, y, m (T,), as lines for a person: the text, what matters in it, the way to the answer."""
+        reading = self._read(x)
+        answer, solution = reading.solve()
+        counts = f"{reading.parameters()} parameters + {reading.operations()} operations"
+        lines = [f"  op {reading.parameters() + reading.operations()} = {counts}, depth {reading.depth()}"]
+        end = int(m.nonzero()[0]) + 1
+        lines += textwrap.wrap(self.plain_text(x[:end].tolist()), 110, initial_indent="  ", subsequent_indent="  ")
+        lines += ["  needed:"] + ["    " + self.plain_text(tokens) for tokens in reading.sentences()]
+        lines += ["  step by step:"] + ["    " + self.decode(tokens) for tokens in solution]
+        return lines + [f"  then: {self.decode(x[end - 1 : end])} [{self.decode(y[m])}], which is {answer}"]
+
+
+# -----------------------------------------------------------------------------
 # look at the data
 
-TASKS = {"rule110": Rule110, "depo": Depo}
+TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSMInfinite}
 
 # sizes a person can follow; the constructors' own defaults are the paper's
 EXAMPLE_SIZES = {
     "rule110": {"width": 12, "t": 4, "strings": 4},
     "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3},
-}
+    "gsm": {
+        "op": 6, "min_op": 0, "min_length": 260, "max_length": 300, "L": 256, "name_words": 2, "mode": "both",
+        "difficulty": "both", "question": "first", "worked": False,
+    },
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -495,7 +1328,12 @@ def main():
     for task, sizes in EXAMPLE_SIZES.items():
         for size, default in sizes.items():
             flag = "--" + size.replace("_", "-")
-            parser.add_argument(flag, type=int, metavar="INT", help=f"{task} only, here {default} unless given")
+            text = f"{task} only, here {default} unless given"
+            if isinstance(default, bool):
+                parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            else:
+                kind = type(default)
+                parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     args = parser.parse_args()
     given = {size: v for sizes in EXAMPLE_SIZES.values() for size in sizes if (v := getattr(args, size)) is not None}
     for size in given:

@@ -225,8 +225,8 @@ def evaluate(algorithm, task, split, L, n, seed, batch):
 
 
 def headline_keys(rows):
-    """The rows that are all questions of a task, each once: exact answers (Rule 110), every hop count (Depo)."""
-    return [key for key in rows if key.endswith("exact") or key.startswith("hops")]
+    """The rows that are all questions of a task, each once: exact answers (Rule 110), every hop count (Depo), op."""
+    return [key for key in rows if key.endswith("exact") or key.startswith(("hops", "op "))]
 
 
 def headline(rows, field="accuracy"):

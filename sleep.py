@@ -30,8 +30,9 @@ class Chunk(NamedTuple):
 def split_chunks(m, L):
     """Lines 2, 3 and 5: cut a loss mask m (B, T), bool, into chunks of at most L tokens.
 
-    Returns a list of Chunk. It depends on the mask alone, so it is made where m is, on the host. Raises ValueError if
-    L < 1 or if the rows disagree on whether a chunk is scored: the whole batch sleeps or answers.
+    Returns a list of Chunk, up to the last that is scored: what follows nobody asks about. It depends on the mask
+    alone, so it is made where m is, on the host. Raises ValueError if L < 1, if nothing is scored, or if the rows
+    disagree on whether a chunk is scored: the whole batch sleeps or answers.
     """
     if L < 1:
         raise ValueError(f"the window L must be at least 1 token, got {L}")
@@ -42,6 +43,10 @@ def split_chunks(m, L):
         if scored.any() != scored.all():
             raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, some are not")
         chunks.append(Chunk(start, stop, bool(scored.any())))
+    while chunks and not chunks[-1].predicts:
+        chunks.pop()
+    if not chunks:
+        raise ValueError("the loss mask scores no token: there is nothing to learn or to answer")
     return chunks
 
 

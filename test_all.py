@@ -35,7 +35,7 @@ import data
 import eval as evaluation
 import kernels
 import train
-from data import Depo, Rule110
+from data import Depo, GSMInfinite, Rule110
 from kernels import delta_rule
 from model import Attention, LayerState, Model, ModelConfig
 from sleep import Algorithm1, Chunk, evict, generate, kept_tokens, passes, sleep, split_chunks
@@ -967,9 +967,11 @@ def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop, n_pos, evi
 def test_sleep_split_chunks():
     """Windows are cut elsewhere than every L tokens, or sleeping is decided from something else than the mask."""
     m = torch.tensor([[0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]).bool()
-    assert split_chunks(m, 3) == [(0, 3, False), (3, 6, True), (6, 7, False)]
+    assert split_chunks(m, 3) == [(0, 3, False), (3, 6, True)]  # nobody asks about what the third one holds
     assert split_chunks(m, 7) == split_chunks(m, 100) == [(0, 7, True)]
-    assert split_chunks(m[:1], 1) == [(i, i + 1, i == 4) for i in range(7)]
+    assert split_chunks(m[:1], 1) == [(i, i + 1, i == 4) for i in range(5)]
+    with pytest.raises(ValueError, match="scores no token"):
+        split_chunks(m[:, :3], 3)
     with pytest.raises(ValueError, match="rows disagree"):
         split_chunks(m, 4)
     for window in (0, -1):
@@ -1111,6 +1113,7 @@ def test_data_depo_by_walking_the_cycle_that_the_tokens_spell(sizes, split):
 
 
 TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Depo(8, 4, 8, 1, 8), Depo(9, 5, 5, 2, 3), Depo())
+TASKS += (GSMInfinite(3, 1, 101, 128, 100, 1), GSMInfinite(8, 2, 302, 380, 301, worked=True))
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
@@ -1136,6 +1139,8 @@ def test_data_levels_make_the_same_problems_easier():
     for sizes in DEPO_SIZES[:2]:
         whole, again = (Depo(*sizes).batch(3, "train", 7, 9, level) for level in (None, sizes[1]))
         assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    task = GSMInfinite(op=6, min_op=1, min_length=260, max_length=300, L=256)
+    assert task.measures(task.batch(0, "train", 1, 40, level=3)[0])["op"].max() == 3
     for level in (1, 2, 5):
         easier, same = Rule110(9, 5, 2).batch(3, "train", 7, 40, level), Rule110(9, level, 2).batch(3, "train", 7, 40)
         assert all(torch.equal(a, b) for a, b in zip(easier, same))
@@ -1145,10 +1150,15 @@ def raw_problems(task, x, y, m):
     """The problems of a batch, one for every hash of problem_hashes, as things that can be compared."""
     if task.name == "rule110":
         return [tuple(s) for row in x[:, : task.context].tolist() for s in np.reshape(row, (-1, task.width)).tolist()]
+    if task.name == "gsm":
+        return [frozenset(gsm_needed(text).items()) for text, _ in gsm_rows(task, x, y, m)]
     return [frozenset(parse_depo(task, *row)[0].items()) for row in zip(x, y, m)]
 
 
-@pytest.mark.parametrize("task", (Rule110(9, 1, 2), Depo(3, 2, 1, 1, 3)), ids=lambda task: task.name)
+SMALL = (Rule110(9, 1, 2), Depo(3, 2, 1, 1, 3), GSMInfinite(1, 1, 40, 60, 39, 1))
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
 def test_data_splits_share_no_problem(task):
     """Test accuracy is memory. The problem spaces are so small that splits drawn independently would overlap."""
     problems, hashes = {}, {}
@@ -1195,6 +1205,12 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
             count(f"t={task.t} exact", where, row, tuple(y[row, where].tolist()), 0.5**task.strings, where)
             for p in where:
                 count(f"t={task.t} bit", [p], row, int(y[row, p]), 0.5, [p])
+            continue
+        if task.name == "gsm":
+            (text, _), *_ = gsm_rows(task, x[row : row + 1], y[row : row + 1], m[row : row + 1])
+            answer, op, _ = gsm_answer(text)
+            where = [p for p in m[row].nonzero().flatten().tolist() if data.ANSWER in x[row, : p + 1]]
+            count(f"op {op}", where, row, answer, 1 / (99 if text.startswith("if") or op < 3 else 9999), where)
             continue
         successor, queries = parse_depo(task, x[row], y[row], m[row])
         for i, (k, _, where, name) in enumerate(queries):
@@ -1245,6 +1261,331 @@ def test_data_refuses_sizes_that_make_no_sense(make):
     """A task that cannot be asked is trained on."""
     with pytest.raises(ValueError):
         make()
+
+
+# GSM-Infinite: the yardstick reads plain text with its own patterns and knows nothing of the generator's graph
+
+GSM_NAME = r"the (?:number|average \w+|total \w+) of [a-z ]+? in [a-z ]+?(?= and the | equals| is |[.,?]|$)"
+GSM_WORDS = {word for _, _, places, kinds in data.THEMES for word in places + kinds}
+GSM_WORDS |= {*data.PLACE_ADJECTIVES, *data.KIND_ADJECTIVES}
+
+
+def gsm_read(text):
+    """A problem's text -> its definitions {name: (k, operation, joined, refs)}, the asked name, and what is given."""
+    definitions, question = {}, None
+    for piece in re.findall(r"[^.?]+[.?]", re.split("answer:|solution:", text)[0]):
+        piece = piece.strip()
+        if piece.endswith("?"):
+            assert question is None
+            question = re.fullmatch(r"(?:if (the .+) equals (\d+), )?what is (the .+)\?", piece).groups()
+            continue
+        name, right = re.fullmatch(r"(?:(?:now|also|here|then) )*(the [^=]+?) (?:equals|is) (.+)\.", piece).groups()
+        assert name not in definitions, name
+        parts = re.fullmatch(r"(?:(\d+)(?: (plus|times) |$))?(?:the (sum|difference) of (?=the))?(.*)", right).groups()
+        refs = parts[3].split(" and ") if parts[3] else []
+        assert len(refs) in {"sum": (2, 3, 4), "difference": (2,), None: (0, 1)}[parts[2]] and len(set(refs)) == len(
+            refs
+        )
+        definitions[name] = (int(parts[0] or 0), *parts[1:3], refs)
+    return definitions, question[2], question[0], question[1] and int(question[1])
+
+
+def gsm_value(name, definitions, x, known):
+    """The value of a parameter when the unknown one is x; `known` collects all values and the operations it took."""
+    if name in known:
+        return known[name][0]
+    k, operation, joined, refs = definitions.get(name, (0, None, "sum", []))
+    if total := re.fullmatch(r"the total (\w+) of \w+ in (.+)", name):
+        assert name not in definitions
+        counted = [n for n in definitions if re.fullmatch(rf"the number of .+ in {total[2]}", n)]
+        values, refs = [gsm_value(n, definitions, x, known) for n in counted], list(counted)
+        count = len(values) - 1
+        if total[1] != "number":
+            refs += (averages := [n.replace("the number", f"the average {total[1]}") for n in counted])
+            values = [v * gsm_value(n, definitions, x, known) for v, n in zip(values, averages)]
+            count += len(values)
+        assert values
+        value = sum(values)
+    elif refs == ["positive"]:
+        value, count = x, 0
+    else:
+        values = [gsm_value(ref, definitions, x, known) for ref in refs]
+        value = values[0] - values[1] if joined == "difference" else sum(values)
+        value = k * value if operation == "times" else k + value
+        count = max(0, len(refs) - 1) + (operation is not None)
+    known[name] = value, count, 1 + max((known[ref][2] for ref in refs if ref in known), default=0)
+    return value
+
+
+def gsm_answer(text):
+    """A text alone -> its answer, op and depth; a reverse problem must have one solution in 1..99."""
+    definitions, asked, last, given = gsm_read(text)
+    known = {}
+    answer = gsm_value(last or asked, definitions, 1, known)
+    op = len(known) + sum(count for _, count, _ in known.values())
+    if last:
+        solutions = [x for x in range(1, 100) if gsm_value(last, definitions, x, {}) == given]
+        assert len(solutions) == 1 and definitions[asked][3] == ["positive"] and asked in known
+        answer = solutions[0]
+    return answer, op, max(depth for _, _, depth in known.values())
+
+
+def gsm_rows(task, x, y, m):
+    """Every row of a batch as (text up to the answer, answer's digits and <end> as text), after checking the layout."""
+    for row, target, scored in zip(x, y, m):
+        start = int(scored.nonzero()[0])
+        tail = [*target[start:].tolist()]
+        end = start + tail.index(data.END) + 1
+        assert scored.tolist() == [start <= p < end for p in range(task.T)] and torch.equal(row[1:], target[:-1])
+        assert task.min_length <= start + 1 <= task.max_length and not any(tail[end - start :])
+        said = task.decode(target[start:end])
+        yield task.decode(row[: start + 1]), said
+
+
+GSM_SIZES = [dict(op=op, min_op=0, min_length=240, max_length=420, L=239) for op in range(1, 11)]
+GSM_SIZES += [dict(op=op, min_op=3, mode="reverse", min_length=260, max_length=600, L=200) for op in (3, 6, 10)]
+GSM_SIZES += [dict(op=op, min_op=0, mode="forward", min_length=260, max_length=600, L=200) for op in (3, 6, 10)]
+GSM_SIZES += [dict(op=op, min_op=0, difficulty="hard", min_length=260, max_length=600, L=259) for op in (4, 10)]
+GSM_SIZES += [dict(op=op, min_op=1, difficulty="medium", min_length=260, max_length=600, L=259) for op in (4, 10)]
+GSM_SIZES += [dict(op=10, min_op=1, min_length=301, max_length=500, L=300, question="last")]
+GSM_SIZES += [dict(op=8, min_op=1, min_length=301, max_length=380, L=300, worked=True)]
+GSM_SIZES += [dict(op=8, min_op=1, min_length=160, max_length=190, L=64, name_words=1)]
+GSM_TINY = dict(op=3, min_op=1, min_length=67, max_length=128, L=32, name_words=1)
+
+
+@pytest.mark.parametrize("sizes", [*GSM_SIZES, GSM_TINY, {}], ids=lambda s: "-".join(map(str, s.values())) or "paper")
+def test_data_gsm_solved_from_its_text_alone(sizes):
+    """An answer is wrong or ambiguous, op is not parameters + operations, or tokens and mask are not as promised."""
+    task, ops = GSMInfinite(**sizes), set()
+    for split, B in (("train", 64), ("test", 16)):
+        batch = task.batch(1, split, 3, B)
+        assert all(a.shape == (B, task.T) for a in batch) and [a.dtype for a in batch[:2]] == [torch.int64] * 2
+        measures = task.measures(batch[0])
+        for i, (text, said) in enumerate(gsm_rows(task, *batch)):
+            answer, op, depth = gsm_answer(text)
+            assert said.endswith(f"answer: {answer} <end>" if task.worked else f"{answer} <end>")
+            assert task.worked or said == f"{answer} <end>"
+            assert 1 <= answer <= (99 if measures["reverse"][i] else 9999)
+            assert (measures["op"][i], measures["depth"][i]) == (op, depth)
+            assert measures["parameters"][i] + measures["operations"][i] == op
+            assert {"forward": [0], "reverse": [1], "both": [0, 1]}[task.mode].count(measures["reverse"][i])
+            assert task.difficulty != "medium" or not measures["hard"][i]
+            assert text.startswith(("what", "if")) == (task.question == "first")
+            literals = [k for k, *_ in gsm_read(text)[0].values()]
+            assert 0 <= min(literals) and max(literals) <= 99
+            ops.add(op)
+    assert ops == set(range(task.min_op or task.op, task.op + 1))
+
+
+def test_data_gsm_worked_solution_is_true():
+    """A line of the worked solution is wrong, or does not stand in the text between question and answer."""
+    task = GSMInfinite(8, 1, 301, 380, 300, worked=True)
+    for text, said in gsm_rows(task, *task.batch(0, "train", 0, 100)):
+        definitions, asked, last, given = gsm_read(text)
+        answer, known = gsm_answer(text)[0], {}
+        gsm_value(last or asked, definitions, answer, known)
+        *lines, end = said.split(". ")
+        assert end == f"answer: {answer} <end>" and len(lines) == len(known) + 2 * (last is not None)
+        for line in lines:
+            sides = line.split(" equals ")
+            value = known[sides.pop(0)][0] if line.startswith("the") else None
+            for side in sides:
+                side = re.sub(r"(\d+) x", r"(\1 * x)", side)
+                for word, sign in (("plus", "+"), ("minus", "-"), ("times", "*")):
+                    side = side.replace(word, sign)
+                number = eval(side, {"x": answer})  # digits, x, signs and brackets
+                value = number if value is None else value
+                assert number == value, line
+
+
+def gsm_needed(text):
+    """The definitions that a text's question depends on: {name: (k, operation, joined, refs)}, refs as a tuple."""
+    definitions, asked, last, _ = gsm_read(text)
+    known = {}
+    gsm_value(last or asked, definitions, 1, known)
+    return {n: (*definitions[n][:3], tuple(definitions[n][3])) for n in known if n in definitions}
+
+
+def gsm_text(task, problem, origins):
+    """The text of a Problem with the sentences of some origins only."""
+    sentences = [s for s, origin in zip(problem.sentences, problem.origin, strict=True) if origin in origins]
+    return task.decode(sum(sentences, problem.questioned)) + " answer:"
+
+
+def test_data_gsm_noise_changes_no_answer():
+    """Noise or a distractor feeds the answer, or noise adds a kind to a place of the question's own world."""
+    for sizes in (dict(op=8, min_length=700, max_length=900, L=699), GSM_TINY):
+        task = GSMInfinite(**sizes)
+        for problem, _ in task.draw(np.random.default_rng(2), "train", 100, task.op):
+            origins = ("needed", "distractor", "noise")
+            found = [gsm_answer(gsm_text(task, problem, origins[:k])) for k in (1, 2, 3)]
+            assert found[0] == found[1] == found[2] and found[0][:2] == (problem.answer, problem.op)
+            places = {o: set() for o in origins}
+            for tokens, origin in zip(problem.sentences, problem.origin):
+                places[origin].add(re.search(r"in ([a-z ]+?) (?:equals|is)", task.decode(tokens))[1])
+            assert not places["noise"] & (places["needed"] | places["distractor"])
+
+
+def gsm_cues(task, problem, rng):
+    """Per sentence of a Problem: [origin, is it about what is asked, refs to it, then the shallow cues]."""
+    texts = [task.decode(tokens) for tokens in problem.sentences]
+    names = [re.findall(GSM_NAME, text) for text in texts]
+    question = task.decode(problem.questioned)
+    asked, words = re.findall(GSM_NAME, question), GSM_WORDS & set(re.findall(r"\w+", question))
+    place = {name: name.split(" in ")[1] for found in [*names, asked] for name in found}
+    used = [ref for found in names for ref in found[1:]] + asked
+    summed = [place[name] for name in used if "total" in name]
+    asked_places = [place[name] for name in asked if "total" in name]
+    cues = []
+    for text, (name, *refs), where in zip(texts, names, rng.permutation(len(texts))):
+        content, numbers = set(re.findall(r"\w+", text)), re.findall(r"\d+", text)
+        count = used.count(name) + summed.count(place[name])
+        forms = [not refs, *(word in content for word in ("plus", "times", "sum", "difference"))]
+        cue = [len(content & words), *forms, bool(numbers), int(numbers[0]) if numbers else 0]
+        about = name in asked or place[name] in asked_places
+        cues.append([about, count, *cue, len(refs), count, where / len(texts), len(text.split())])
+    return np.array([[o == "noise", o == "distractor", *c] for o, c in zip(problem.origin, cues)], dtype=float)
+
+
+def auc(a, b):
+    """The probability that a random entry of a exceeds one of b, ties counted half."""
+    _, inverse, counts = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
+    return (ranks[: len(a)].mean() - (len(a) + 1) / 2) / len(b)
+
+
+@pytest.mark.parametrize("op", (4, 7, 10))
+def test_data_gsm_noise_looks_like_the_problem(op):
+    """A model can drop noise without understanding it: by pruning once what nobody mentions, or by a shallow cue."""
+    task, rng = GSMInfinite(op, 0), np.random.default_rng(op)
+    cues = np.concatenate([gsm_cues(task, problem, rng) for problem, _ in task.draw(rng, "train", 150, task.op)])
+    noise, distractor, about, count = cues[:, 0] == 1, cues[:, 1] == 1, cues[:, 2] == 1, cues[:, 3]
+    shares = [(count[which] == 0).mean() for which in (noise, distractor)]
+    assert abs(shares[0] - shares[1]) < 0.05 and min(shares) > 0.1
+    names = "overlap constant plus times sum difference literal value references referenced position words".split()
+    levels = {name: auc(*(cues[part & ~about, 4 + i] for part in (~noise, noise))) for i, name in enumerate(names)}
+    assert all(0.4 < level < 0.6 for level in levels.values()), levels
+    assert noise.sum() > 100 * 150 and (~noise).sum() > 8 * 150
+
+
+def test_data_gsm_constant_guess_is_poor():
+    """Always giving the commonest answer scores: the values are too few, or too many are alike."""
+    for mode in ("forward", "reverse"):
+        task = GSMInfinite(10, 3, 300, 400, 299, mode=mode)
+        chance = task.chance(*task.batch(0, "train", 0, 1000))
+        assert list(chance) == [f"op {op}" for op in range(3, 11)]
+        assert all(c["uniform"] < 0.011 and c["majority"] < 0.1 for c in chance.values())
+
+
+@pytest.mark.parametrize("sizes", (GSM_TINY, dict(op=8, min_op=1, min_length=2001, max_length=3300, L=500)))
+def test_data_gsm_answers_of_a_batch_lie_in_one_chunk(sizes):
+    """Rows of a batch answer in different windows, in the first one, or only some lengths are ever drawn."""
+    task, lengths, chosen = GSMInfinite(**sizes), [], set()
+    for s in range(24 if task.T < 200 else 3):
+        rows, positions = task.batch(0, "train", s, 16 if task.T < 200 else 4)[2].nonzero().T
+        (chunk,) = set((positions // task.L).tolist())
+        assert chunk >= 1 and split_chunks(task.batch(0, "train", s, 4)[2], task.L)[chunk].predicts
+        chosen.add(chunk)
+        lengths += [int(positions[rows == row].min()) + 1 for row in set(rows.tolist())]
+    assert task.min_length <= min(lengths) and max(lengths) <= task.max_length
+    assert len(set(lengths)) > 8 and (task.T > 200 or chosen == {2, 3})
+
+
+@pytest.mark.parametrize("mode, name_words", (("forward", 1), ("reverse", 2)))
+def test_data_gsm_shortest_text(mode, name_words):
+    """A problem does not fit into the length that is promised to suffice, or 64 tokens are too few for op 3."""
+    for op in (3, 7, 10):
+        sizes = dict(op=op, min_op=0, name_words=name_words, mode=mode, difficulty="medium")
+        with pytest.raises(ValueError) as info:
+            GSMInfinite(**sizes, min_length=10, max_length=10, L=5)
+        shortest = int(re.search(r"can need (\d+) tokens", str(info.value))[1])
+        assert op > 3 or name_words > 1 or shortest <= 64
+        task = GSMInfinite(**sizes, min_length=shortest, max_length=shortest, L=shortest - 1)
+        for text, said in gsm_rows(task, *task.batch(0, "train", 0, 100)):
+            assert said == f"{gsm_answer(text)[0]} <end>"
+
+
+def test_data_gsm_long_text():
+    """32,000 tokens run out of names, or the answer gets lost in them."""
+    task = GSMInfinite(2, 1, 32_001, 32_001)
+    for text, said in gsm_rows(task, *task.batch(0, "train", 0, 2)):
+        assert said == f"{gsm_answer(text)[0]} <end>"
+
+
+def test_data_gsm_same_sentences_in_another_order_are_the_same_problem():
+    """A held-out problem could be trained on with its sentences shuffled or other noise around it."""
+    task = GSMInfinite(6, 1, 300, 400, 299, question="last")
+    x, y, m = task.batch(0, "test", 0, 32)
+    hashes = task.problem_hashes(x)
+    assert len(set(hashes.tolist())) == 32 and data.in_split(hashes, "test").all()
+    for row, h in zip(x, hashes):
+        text = task.decode(row).split("<pad>")[0]
+        *sentences, question, rest = re.findall(r"[^.?]+[.?]?", text)
+        needed = gsm_needed(text)
+        core = [s for s in sentences if any(f"{name} " in s.split("equals")[0] for name in needed)]
+        for kept in (sentences[::-1], core):
+            assert task.problem_hashes(torch.tensor([task.encode(" ".join([*kept, question, rest]))]))[0] == h
+        core[0] = re.sub("(equals|is) .*", "equals 100.", core[0])  # a number that no problem has
+        assert task.problem_hashes(torch.tensor([task.encode(" ".join([*core, question, rest]))]))[0] != h
+
+
+def test_data_gsm_text_and_tokens():
+    """Text and tokens are not the same, or a foreign word is swallowed."""
+    task = GSMInfinite(4, 1, 200, 300, 199)
+    x, y, m = task.batch(0, "train", 0, 4)
+    assert len(data.WORDS) == len(set(data.WORDS)) == task.vocab_size < 300 and int(x.max()) < task.vocab_size
+    for row in x:
+        ids = [i for i in row.tolist() if i != data.PAD]
+        assert task.encode(task.decode(ids)) == ids
+        plain = task.plain_text(row)
+        assert (
+            task.encode(plain) == [i for i in ids if i != data.END]
+            and re.match(r"(What|If) ", plain)
+            and "<" not in plain
+        )
+    with pytest.raises(ValueError) as info:
+        task.encode("The number of striped zebras in iron grove equals 5 minus some quokkas.")
+    assert_one_line(str(info.value), "zebras, some, quokkas")
+    for number in (-1, 10_000):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            data.digits(number)
+
+
+@pytest.mark.parametrize(
+    "sizes, parts",
+    (
+        (dict(op=0), ("--op is 0", "1 to 10")),
+        (dict(op=11), ("--op is 11", "1 to 10")),
+        (dict(op=3, min_op=4), ("--min-op is 4", "1 to 3")),
+        (dict(op=8, min_length=150, max_length=200, L=100), ("--min-length is 150", "op 8", "tokens")),
+        (dict(min_length=2001, max_length=2000), ("--max-length is 2000", "--min-length")),
+        (dict(max_length=40_000), ("--max-length is 40000", "--name-words")),
+        (dict(op=2, min_length=100, max_length=400, L=50, name_words=1), ("--max-length is 400", "--name-words")),
+        (dict(L=2001), ("--L is 2001", "1 to 2000")),
+        (dict(L=4), ("--L is 4", "one window")),
+        (dict(name_words=3), ("--name-words is 3", "1 or 2")),
+        (dict(mode="sideways"), ("--mode is 'sideways'", "forward or reverse or both")),
+        (dict(mode="reverse"), ("--mode reverse", "--min-op 3")),
+        (dict(difficulty="hard", min_op=3), ("--difficulty hard", "--min-op 4")),
+        (dict(question="middle"), ("--question is 'middle'", "first or last")),
+    ),
+)
+def test_data_gsm_says_what_it_cannot_do(sizes, parts):
+    """Sizes that make no problem are accepted, or the message does not name the flag and the way out."""
+    with pytest.raises(ValueError) as info:
+        GSMInfinite(**sizes)
+    assert_one_line(str(info.value), *parts)
+
+
+def test_data_gsm_explains_its_problems(monkeypatch, capsys):
+    """`python data.py --task gsm --op 6` prints something else than the problem, its solution and its answer."""
+    for flags in (["--op", "6"], ["--op", "9", "--mode", "reverse", "--question", "last"]):
+        assert call(data.main, monkeypatch, ["--task", "gsm", *flags]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count(f"op {flags[1]} = ") == 3 and shown.count("step by step:") == 3
+        for block in shown.split("example ")[1:]:
+            text = " ".join(block.split("depth ")[1].split("needed:")[0].split()[1:]).lower()
+            assert f"which is {gsm_answer(text)[0]}" in block
 
 
 # -----------------------------------------------------------------------------
@@ -1600,6 +1941,22 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     assert_same(found[1], found[0], 1e-5)
 
 
+def test_train_workers_make_the_same_batches():
+    """Batches from worker processes are other batches, in another order, or past the end of training."""
+    config = config_of(RULE110, "--accumulate", "2", "--steps", "3")
+    task, taken = train.build_task(vars(config)), []
+    for workers in (0, 2):
+        config.workers = workers
+        batches = train.Batches(task, config, 0, 1, "cpu")
+        taken.append([batches.get(step) for step in range(3)])
+        assert max(batches.ahead) == 2
+        batches.close()
+    for (a, count), (b, again) in zip(*taken):
+        assert count == again and len(a) == len(b) == 2
+        for one, other in zip(a, b):
+            assert one[3] == other[3] and all(torch.equal(x, y) for x, y in zip(one[:3], other[:3]))
+
+
 def test_train_grows_harder():
     """--grow skips a level, starts above the first, or ends below the last."""
     config = config_of(DEPO, "--grow", "0.5")  # 20 steps, 2 hops
@@ -1744,13 +2101,15 @@ def test_repository_files_say_what_they_are(room):
 
 
 @pytest.mark.parametrize("preset", ("paper", "small", "tiny"))
-@pytest.mark.parametrize("task", ("rule110", "depo"))
+@pytest.mark.parametrize("task", data.TASKS)
 def test_train_presets_fit_their_task(task, preset):
     """A preset contradicts itself: L does not divide the context, or rows disagree on which chunk is scored."""
     config = train.parse_config(["--task", task, "--preset", preset, "--N", "4"])
+    config.workers, config.batch = 0, 32 * config.accumulate
+    batches = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")
     for step in range(3):
-        micro, count = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")._make(step)
-        assert len(micro) == 1 and count > 0 and not micro[0][3][0].predicts and micro[0][3][-1].predicts
+        micro, count = batches.get(step)
+        assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].predicts and micro[0][3][-1].predicts
 
 
 def test_repository_readme_commands_are_accepted(monkeypatch):

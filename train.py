@@ -81,6 +81,15 @@ class Config:
     queries: int = flag(None, "depo: questions per problem")
     name_tokens: int = flag(None, "depo: longest node name in tokens, 1 or 2")
     min_nodes: int = flag(None, "depo: shortest cycle in training")
+    op: int = flag(None, "gsm: most parameters + operations that an answer needs, 1 to 10")
+    min_op: int = flag(None, "gsm: fewest")
+    min_length: int = flag(None, "gsm: shortest text in tokens")
+    max_length: int = flag(None, "gsm: longest text in tokens")
+    name_words: int = flag(None, "gsm: words in a name, 1 or 2")
+    mode: str = flag("both", "gsm: ask for a result (forward), for a constant (reverse), or both")
+    difficulty: str = flag("both", "gsm: totals of counts (medium), of counts x averages (hard), or both")
+    question: str = flag("first", "gsm: where the question stands, first or last")
+    worked: bool = flag(False, "gsm: learn to write the solution before the answer")
     # the model
     pattern: str = flag(None, "mixer per block: A attention, D delta; for example ADAD")
     d_model: int = flag(None, "width of the features")
@@ -127,6 +136,9 @@ class Config:
 CHOICES = {
     "task": TASKS,
     "preset": ("auto", "paper", "small", "tiny"),
+    "mode": ("forward", "reverse", "both"),
+    "difficulty": ("medium", "hard", "both"),
+    "question": ("first", "last"),
     "evict": EVICTIONS,
     "learn": ("all", "delta"),
     "device": ("auto", "cpu", "cuda", "mps"),
@@ -154,6 +166,17 @@ PRESETS = {
         "tiny": dict(nodes=8, hops=4, queries=8, name_tokens=1, min_nodes=8, L=16, pattern="AD", d_model=64, n_head=2,
                      positions=True, batch=64, steps=4200, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5,
                      eval_every=200),
+    },
+    "gsm": {
+        "paper": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, pattern="ADADADADAD",
+                      d_model=512, n_head=8, batch=256, accumulate=8, steps=10_000, muon_lr=1e-3, adam_lr=5e-5,
+                      eval_every=500, test_n=1600, workers=12),
+        "small": dict(op=6, min_op=1, min_length=257, max_length=507, name_words=2, L=256, pattern="ADADAD",
+                      d_model=384, n_head=6, batch=128, steps=20_000, decay=0.4, muon_lr=5e-3, adam_lr=1e-3,
+                      eval_every=1000, workers=8),
+        "tiny": dict(op=3, min_op=1, min_length=70, max_length=123, name_words=1, L=64, pattern="AD", d_model=64,
+                     n_head=2, positions=True, batch=32, steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3,
+                     weight_decay=0.5, eval_every=200, workers=1),
     },
 }  # fmt: skip
 
@@ -185,7 +208,7 @@ def parse_config(argv):
 def check(config, given):
     """Refuse what cannot work before anything is written. Raises ValueError with one clear line."""
     for task, sizes in EXAMPLE_SIZES.items():
-        wrong = [s for s in sizes if s in given and task != config.task]
+        wrong = [s for s in sizes if s in given and task != config.task and s != "L"]  # every task has windows
         if wrong:
             raise ValueError(f"--{wrong[0].replace('_', '-')} is not a size of the task {config.task}")
     counts = "N L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
