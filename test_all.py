@@ -545,10 +545,21 @@ def test_kernel_triton_compiles_for_the_h200():
 def test_kernel_triton_on_a_gpu(dtype):
     """The compiled kernels compute something else than the interpreted ones."""
     for case in TRITON_CASES:
-        errors = triton_errors(rounded_inputs(*case, dtype=dtype), "cuda")
-        for name, value in errors.items():
-            gate = name in ("dg", "dbeta")
-            assert value <= (1e-4 if dtype == torch.float32 else 0.015 if gate else 0.01), (case, errors)
+        assert_accurate(triton_errors(rounded_inputs(*case, dtype=dtype), "cuda"), dtype, case)
+    inputs = rounded_inputs(75, "usual", 64, 64, dtype)
+    assert_accurate(triton_errors(inputs, "cuda", views=True), dtype, "views")
+    for part in ("o", "S", "write"):
+        assert_accurate(triton_errors(inputs, "cuda", part), dtype, part)
+
+
+def assert_accurate(errors, dtype, case):
+    """Errors on a GPU: 1e-4 in float32 (three TF32 products for one), else 0.01, for the gates' gradients 0.02.
+
+    In an emulation of every rounding the worst over TRITON_CASES were 0.004, and 0.016 for the gates.
+    """
+    for name, value in errors.items():
+        gate = name in ("dg", "dbeta")
+        assert value <= (1e-4 if dtype == torch.float32 else 0.02 if gate else 0.01), (case, errors)
 
 
 @needs_gpu
@@ -1941,6 +1952,23 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     assert_same(found[1], found[0], 1e-5)
 
 
+@needs_gpu
+@pytest.mark.parametrize("flags", ("", "--accumulate 2 --checkpoint", "--evict sliding"))
+def test_train_cuda_graph_is_the_step_it_recorded(flags):
+    """A replay computes other gradients or losses than the step itself, or evaluating in between disturbs it."""
+    config, found = config_of(RULE110 + f" --device cuda --compile --d-model 64 {flags}"), []
+    for config.cuda_graph in (True, False):
+        trainer = train.Trainer(config)
+        batches = train.Batches(trainer.task, config, 0, 1, "cuda")
+        for step in range(3):
+            out = trainer.train_step(*batches.get(step))
+            rows = train.scores(trainer, "val", 16)["rows"]
+        found.append({name: a.cpu() for name, a in out.items()} | {"exact": torch.tensor(rows["t=1 exact"]["loss"])})
+        found[-1] |= {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
+        batches.close()
+    assert_same(found[0], found[1], 1e-3)
+
+
 def test_train_workers_make_the_same_batches():
     """Batches from worker processes are other batches, in another order, or past the end of training."""
     config = config_of(RULE110, "--accumulate", "2", "--steps", "3")
@@ -2109,7 +2137,9 @@ def test_train_presets_fit_their_task(task, preset):
     batches = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")
     for step in range(3):
         micro, count = batches.get(step)
-        assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].predicts and micro[0][3][-1].predicts
+        assert (
+            len(micro) == config.accumulate and count > 0 and not micro[0][3][0].predicts and micro[0][3][-1].predicts
+        )
 
 
 def test_repository_readme_commands_are_accepted(monkeypatch):
