@@ -17,12 +17,10 @@ Read next: train.py
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import statistics
 import sys
-import zipfile
 from dataclasses import fields
 
 import numpy as np
@@ -32,7 +30,7 @@ from tqdm import tqdm
 
 from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser
 from model import Model, ModelConfig
-from sleep import Algorithm1, kept_tokens, scored_part, split_chunks
+from sleep import Algorithm1, kept_tokens, read_plain, scored_part, split_chunks
 
 # -----------------------------------------------------------------------------
 # from a run directory to a model
@@ -80,15 +78,7 @@ def read_checkpoint(path, device):
     """
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: give a run directory of train.py, such as out/depo-N4-s0")
-    damage = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
-    try:
-        if not zipfile.is_zipfile(path):  # torch.save writes zip files; anything else would be a bare pickle
-            raise zipfile.BadZipFile
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it holds more than tensors and numbers, so not from train.py") from None
-    except damage:
-        raise ValueError(f"{path} cannot be read: it is truncated or no checkpoint; copy it again or train") from None
+    saved = read_plain(path, device)
     ours = isinstance(saved, dict) and {"format", "config", "model", "step"} <= saved.keys()
     if not ours or saved["format"] != 1 or not isinstance(saved["config"], dict):
         raise ValueError(f"{path} is no checkpoint of this train.py (format 1): give one that is")

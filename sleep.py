@@ -8,7 +8,11 @@ A window with scored tokens is answered in ONE ordinary pass that knows the past
 Read next: eval.py
 """
 
+import hashlib
 import math
+import os
+import pickle
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -179,6 +183,21 @@ def scored_part(a, chunks):
 
 
 @torch.no_grad()
+def answer(model, state, x, max_new, keep=0):
+    """Greedy decoding inside one window: x (B, T >= 1) ids on top of a state -> the next max_new ids, (B, max_new).
+
+    One pass per new token; the window's own cache grows, the past is known through S and what `keep` left.
+    """
+    new, past = [], 0
+    for _ in range(max_new):
+        h, state = model.blocks(model.embed(x, past), state, window=window_of(keep))
+        past += x.shape[1]
+        x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
+        new.append(x)
+    return torch.cat(new, 1)
+
+
+@torch.no_grad()
 def generate(model, context, question, max_new, N, L, loop=None, keep=0):
     """Sleep over `context` in windows of at most L tokens, then answer `question` greedily, one pass per new token.
 
@@ -191,11 +210,125 @@ def generate(model, context, question, max_new, N, L, loop=None, keep=0):
     state = model.initial_state()
     for start in range(0, context.shape[1], L):
         state, _ = sleep(model, model.embed(context[:, start : start + L]), state, N, loop, keep=keep)
-    answer, x, past = [], question, 0
-    for _ in range(max_new):
-        # the cache stays: this is inside one chunk
-        h, state = model.blocks(model.embed(x, past), state, window=window_of(keep))
-        past += x.shape[1]
-        x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
-        answer.append(x)
-    return torch.cat(answer, 1)
+    return answer(model, state, question, max_new, keep)
+
+
+class Sleeper:
+    """A trained model that reads a stream: it sleeps whenever its window is full, and answers at any time.
+
+    feed() stores ids and only a sleep changes S, always over the whole open window: so what is remembered does not
+    depend on the pieces in which a stream arrives. N, L, loop, keep: as in sleep(); batch: rows that advance together.
+    A call that raises ValueError changes nothing.
+    """
+
+    def __init__(self, model, N, L, loop=None, keep=0, batch=1):
+        passes(model.config.pattern, N, loop)
+        if batch < 1 or L < 1:
+            raise ValueError(f"a batch of {batch} and a window of {L} tokens: use at least 1")
+        if model.config.n_pos and L > model.config.n_pos:
+            raise ValueError(f"a window of {L} tokens, but the model was trained for {model.config.n_pos}")
+        self.model, self.N, self.L, self.loop, self.keep = model, N, L, loop, keep
+        self.state = model.initial_state()
+        self.window = torch.empty(batch, 0, dtype=torch.int64, device=model.embedding.weight.device)
+
+    def _check(self, tokens):
+        """ids (B, T) on the model's device. Raises ValueError for another batch size or ids outside the vocabulary."""
+        tokens = torch.as_tensor(tokens).to(self.window.device)
+        if tokens.dim() != 2 or len(tokens) != len(self.window) or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"give int64 ids of shape ({len(self.window)}, T), not {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        vocab_size = self.model.config.vocab_size
+        wrong = tokens[(tokens < 0) | (tokens >= vocab_size)].unique().tolist()
+        if wrong:
+            raise ValueError(f"tokens {wrong[:5]} are not in the vocabulary of {vocab_size}")
+        return tokens
+
+    def feed(self, tokens):
+        """Read ids (B, T), any number of them; sleep every time there are L in the window."""
+        tokens = self._check(tokens)
+        while tokens.shape[1]:
+            room = self.L - self.window.shape[1]
+            self.window = torch.cat((self.window, tokens[:, :room]), 1)
+            tokens = tokens[:, room:]
+            if self.window.shape[1] == self.L:
+                self.sleep()
+
+    @torch.no_grad()
+    def sleep(self):
+        """N passes over the open window, however full it is, then evict it. An empty one is left alone."""
+        if self.window.shape[1]:
+            h = self.model.embed(self.window)
+            self.state, _ = sleep(self.model, h, self.state, self.N, self.loop, keep=self.keep)
+            self.window = self.window[:, :0]
+
+    def ask(self, tokens, max_new, remember=False):
+        """Greedy answer to a question (B, T >= 1): ids (B, max_new), read on top of the open window in one pass each.
+
+        Nothing of it stays, unless `remember` feeds question and answer into the stream. Raises ValueError if open
+        window, question and answer do not fit into L tokens: sleep() makes room.
+        """
+        tokens = self._check(tokens)
+        x = torch.cat((self.window, tokens), 1)
+        if not tokens.shape[1] or max_new < 1:
+            raise ValueError("an empty question, or no token to answer it with")
+        if x.shape[1] + max_new - 1 > self.L:
+            parts = f"{self.window.shape[1]} tokens in the window, {tokens.shape[1]} of question, {max_new} of answer"
+            raise ValueError(f"{parts} do not fit into L = {self.L}: call sleep() first, or ask less")
+        found = answer(self.model, self.state, x, max_new, self.keep)
+        if remember:
+            self.feed(torch.cat((tokens, found), 1))
+        return found
+
+    def state_bytes(self):
+        """What the memory takes: fast weights, kept cache and convolution inputs, and the ids of the open window."""
+        return sum(a.numel() * a.element_size() for a in (*state_tensors(self.state), self.window))
+
+    def save(self, path):
+        """Write memory and settings as plain tensors and numbers, under a temporary name first."""
+        settings = {"N": self.N, "L": self.L, "loop": self.loop, "keep": self.keep}
+        memory = {"format": 1, "model": fingerprint(self.model), "settings": settings, "window": self.window}
+        torch.save(memory | {"state": [tuple(layer) for layer in self.state]}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    @classmethod
+    def load(cls, path, model):
+        """The Sleeper that was saved there. Raises ValueError if the file is damaged or the model is another one."""
+        saved = read_plain(path, model.embedding.weight.device)
+        if not isinstance(saved, dict) or saved.get("format") != 1 or "window" not in saved:
+            raise ValueError(f"{path} is no memory of a Sleeper: give a file that Sleeper.save wrote")
+        if saved["model"] != fingerprint(model):
+            raise ValueError(f"{path} is the memory of a model with other weights: load it with the model that made it")
+        sleeper = cls(model, **saved["settings"], batch=len(saved["window"]))
+        sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
+        return sleeper
+
+
+def state_tensors(state):
+    """All tensors of a state, in order."""
+    for layer in state:
+        yield from (a for a in (layer.S, *(layer.conv or ()), layer.k, layer.v) if a is not None)
+
+
+def fingerprint(model):
+    """A hash of all weights and their names: a memory means nothing to another model."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + str(tuple(weight.shape)).encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_plain(path, device):
+    """What torch.save wrote at path, on the device; code in it is never run. Raises ValueError with one clear line."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no file at {path}")
+    damage = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
+    try:
+        if not zipfile.is_zipfile(path):  # torch.save writes zip files; anything else would be a bare pickle
+            raise zipfile.BadZipFile
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is refused: it holds more than tensors and numbers, so it is not ours") from None
+    except damage:
+        raise ValueError(f"{path} cannot be read: it is truncated or damaged; copy it again or make it anew") from None

@@ -38,7 +38,18 @@ import train
 from data import Depo, GSMInfinite, Rule110
 from kernels import delta_rule
 from model import Attention, LayerState, Model, ModelConfig
-from sleep import Algorithm1, Chunk, evict, generate, kept_tokens, passes, sleep, split_chunks
+from sleep import (
+    Algorithm1,
+    Chunk,
+    Sleeper,
+    evict,
+    generate,
+    kept_tokens,
+    passes,
+    sleep,
+    split_chunks,
+    state_tensors,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -973,6 +984,110 @@ def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop, n_pos, evi
         generate(model, context, question, L, N, L, loop)
     with pytest.raises(ValueError):
         generate(model, context, question[:, :0], 2, N, L, loop)
+
+
+def same_memory(a, b):
+    """Two Sleepers hold the same bits."""
+    a, b = ([*state_tensors(sleeper.state), sleeper.window] for sleeper in (a, b))
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("eviction", ("hard", "sliding"))
+def test_sleep_stream_is_remembered_alike_in_whatever_pieces(eviction):
+    """What S holds depends on how a stream arrives, or on questions that were asked in between."""
+    model, stream, keep = random_model(n_pos=L), random_ids(3, 4 * L + 3), kept_tokens(eviction, L)
+    whole = Sleeper(model, 2, L, keep=keep, batch=3)
+    whole.feed(stream)
+    assert whole.window.shape == (3, 3)
+    for sizes in ((1,) * stream.shape[1], (L - 1, L + 2, 1, 2 * L, 1), (0, 5, 4 * L - 2)):
+        pieces = Sleeper(model, 2, L, keep=keep, batch=3)
+        for piece in stream.split(sizes, 1):
+            pieces.feed(piece)
+            if pieces.window.shape[1] < L - 2:
+                pieces.ask(stream[:, :2], 1)
+        assert same_memory(whole, pieces)
+
+
+@pytest.mark.parametrize("N, loop, eviction", ((1, None, "hard"), (3, (1, 3), "hard"), (2, None, "sliding")))
+def test_sleep_stream_answers_as_in_training(N, loop, eviction):
+    """Feeding and asking gives other answers than Algorithm 1 on the same tokens."""
+    model, x, keep = random_model(), random_ids(3, 3 * L - 4), kept_tokens(eviction, L)
+    sleeper = Sleeper(model, N, L, loop, keep, batch=3)
+    sleeper.feed(x[:, : 2 * L + 1])
+    got = sleeper.ask(x[:, 2 * L + 1 :], 3)
+    for _ in range(3):
+        x = torch.cat((x, run_algorithm1(model, x, [False, False, True], N, loop, keep)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(got, x[:, -3:])
+    other = Sleeper(model, N, L, loop, keep, batch=3)
+    other.feed(x)
+    sleeper.ask(x[:, 2 * L + 1 : -3], 3, remember=True)
+    assert same_memory(sleeper, other)
+
+
+def test_sleep_stream_can_sleep_early():
+    """sleep() on a window that is not full does something else than training on a shorter window."""
+    model, x = random_model(), random_ids(2, L + 3)
+    sleeper = Sleeper(model, 2, L, batch=2)
+    sleeper.sleep()
+    assert sleeper.state == model.initial_state()
+    for part in x.split(L, 1):
+        sleeper.feed(part)
+    sleeper.sleep()
+    assert sleeper.window.shape == (2, 0)
+    state = model.initial_state()
+    with torch.no_grad():
+        for part in x.split(L, 1):
+            state, _ = sleep(model, model.embed(part), state, 2)
+    assert [error(a.S, b.S) <= 1e-12 for a, b in zip(sleeper.state, state) if b.S is not None] == [True, True]
+
+
+@pytest.mark.parametrize("eviction", ("hard", "sliding"))
+def test_sleep_memory_survives_a_file(eviction, tmp_path):
+    """A saved memory lacks something, or is taken for that of another model."""
+    model, keep = random_model(), kept_tokens(eviction, L)
+    sleeper = Sleeper(model, 2, L, (1, 3), keep, batch=2)
+    sleeper.feed(random_ids(2, 3 * L + 2))
+    size = sleeper.state_bytes()
+    sleeper.feed(random_ids(2, 5 * L))
+    assert sleeper.state_bytes() == size > 0
+    sleeper.save(tmp_path / "memory.pt")
+    again, more = Sleeper.load(tmp_path / "memory.pt", model), random_ids(2, L)
+    for each in (sleeper, again):
+        each.feed(more)
+    assert same_memory(sleeper, again)
+    with pytest.raises(ValueError, match="other weights"):
+        Sleeper.load(tmp_path / "memory.pt", random_model())
+    (tmp_path / "half.pt").write_bytes((tmp_path / "memory.pt").read_bytes()[:-200])
+    torch.save({"format": 1}, tmp_path / "other.pt")
+    for name in ("half.pt", "other.pt", "missing.pt"):
+        with pytest.raises(ValueError) as caught:
+            Sleeper.load(tmp_path / name, model)
+        assert_one_line(str(caught.value), name)
+
+
+def test_sleep_stream_refuses_bad_input_and_goes_on():
+    """A wrong token or a question that does not fit ends the stream or changes the memory."""
+    model = random_model(n_pos=L)
+    sleeper, before = (Sleeper(model, 2, L, batch=2) for _ in range(2))
+    start = random_ids(2, L + 2)
+    sleeper.feed(start)
+    before.feed(start)
+    for tokens in (
+        torch.full((2, 3), 29),
+        torch.full((2, 3), -1),
+        random_ids(3, 2),
+        random_ids(2, 2).float(),
+        [[1], [2.5]],
+    ):
+        with pytest.raises(ValueError):
+            sleeper.feed(tokens)
+    for tokens, max_new in ((random_ids(2, 0), 1), (random_ids(2, 1), 0), (random_ids(2, L - 3), 3)):
+        with pytest.raises(ValueError):
+            sleeper.ask(tokens, max_new)
+    assert same_memory(sleeper, before) and sleeper.ask(random_ids(2, L - 3), 2).shape == (2, 2)
+    for wrong in ({"L": L + 1}, {"N": 0}, {"batch": 0}, {"L": 0}):
+        with pytest.raises(ValueError):
+            Sleeper(**{"model": model, "N": 1, "L": L} | wrong)
 
 
 def test_sleep_split_chunks():
