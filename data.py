@@ -1246,9 +1246,11 @@ class GSMInfinite:
         return part, np.array(labels, dtype=np.int64)
 
     def score(self, x, y, m, pred):
-        """All four (B, T) -> {"op k": bool array}: is the answer exact, every digit and <end>?"""
-        part = self._answers(x, y, m)[0]
-        return self._by_op(x, ~(part & (pred != y).cpu().numpy()).any(axis=1))
+        """All four (B, T) -> {"op k": bool array}: is every scored token right, hence the answer exact?
+
+        With a worked solution that is all of it too: behind the true solution the answer would only have to be copied.
+        """
+        return self._by_op(x, ~(m & (pred != y)).any(1).cpu().numpy())
 
     def losses(self, x, y, m, ce):
         """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""

@@ -71,6 +71,12 @@ def model_config(config, task):
     return ModelConfig(task.vocab_size, n_pos=n_pos, **{name: config[name] for name in names})
 
 
+# flags that older checkpoints do not know, with the values that describe what those runs did
+LATER_FLAGS = dict(
+    evict="hard", learn="all", start_from=None, grow=0.0, mode="both", difficulty="both", question="first", worked=False
+)
+
+
 def read_checkpoint(path, device):
     """
     A checkpoint of train.py: the plain dict that was saved, its tensors on the device. Code in it is never run.
@@ -82,6 +88,7 @@ def read_checkpoint(path, device):
     ours = isinstance(saved, dict) and {"format", "config", "model", "step"} <= saved.keys()
     if not ours or saved["format"] != 1 or not isinstance(saved["config"], dict):
         raise ValueError(f"{path} is no checkpoint of this train.py (format 1): give one that is")
+    saved["config"] = LATER_FLAGS | saved["config"]
     return saved
 
 
@@ -91,7 +98,7 @@ def load_weights(model, weights, path):
     for name in [*own, *weights]:
         want, got = (tuple(w[name].shape) if name in w else "nothing" for w in (own, weights))
         if want != got:
-            raise ValueError(f"{path} does not fit its own config: {name} is {got} there, {want} in the model")
+            raise ValueError(f"{path} does not fit the model: {name} is {got} there, {want} in the model")
         if not weights[name].isfinite().all():
             raise ValueError(f"{path} holds NaN or infinity in {name}: that run diverged, train it again")
     model.load_state_dict(weights)
@@ -104,8 +111,8 @@ def load_run(path, device):
     """
     file = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     saved = read_checkpoint(file, device)
+    config = saved["config"]
     try:
-        config = saved["config"] = {"evict": "hard"} | saved["config"]  # runs from before there was a choice
         config["seed"]
         task = build_task(config)
         model = Model(model_config(config, task)).to(device)
@@ -246,7 +253,8 @@ def mistakes(task, x, y, m, pred, count):
     wrong = ((pred != y) & m).any(1).nonzero().flatten().tolist()
     lines = [f"{len(wrong)} of {len(x)} examples hold a mistake" + (", for example:" if wrong and count else "")]
     for i in wrong[:count]:
-        lines += [f"\nexample {i + 1}", *shorten(task.explain(x[i], y[i], m[i]))]
+        example = task.explain(x[i], y[i], m[i])
+        lines += [f"\nexample {i + 1}", *(example if task.name == "gsm" else shorten(example))]
         scored = m[i].nonzero().flatten()
         parts = np.split(scored, np.flatnonzero(np.diff(scored) > 1) + 1)  # scored tokens side by side: one answer
         for j, part in enumerate(parts):
@@ -301,7 +309,7 @@ def markdown_table(rows):
 
 # flags that do not define what is learnt; t is the difficulty of Rule 110, which is a line of the table
 NOT_SETTING = {"task", "preset", "seed", "t", "accumulate", "checkpoint", "minutes", "eval_every", "eval_n", "test_n"}
-NOT_SETTING |= {"log_every", "save_every", "device", "compile", "threads", "out", "resume"}
+NOT_SETTING |= {"log_every", "save_every", "device", "compile", "cuda_graph", "workers", "threads", "out", "resume"}
 
 
 def describe(config):
@@ -435,7 +443,8 @@ def import_pyplot():
 
 def is_paper_size(config):
     """Whether a run's task has the sizes of the paper."""
-    return all(config[size] == value for size, value in PAPER_SIZES[config["task"]].items())
+    sizes = PAPER_SIZES.get(config["task"])  # none of GSM-Infinite: the paper starts from pretrained models there
+    return sizes is not None and all(config[size] == value for size, value in sizes.items())
 
 
 def paper_points(run):
@@ -508,7 +517,7 @@ def draw_curves(ax, columns):
     first = next(iter(columns.values()))[0]
     if not several_t:
         draw_floors(ax, None, first["rows"], None, None)
-    what = "all answers exact" if first["config"]["task"] == "rule110" else "all hops"
+    what = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}[first["config"]["task"]]
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
     ax.set_xlim(0, 1.06 * end / unit or 1)
 
@@ -533,7 +542,7 @@ def draw_difficulty(ax, columns, field):
     numbers = [re.search(r"\d+", key)[0] for key in keys]
     ax.set_xticks(list(place.values()), numbers)
     ax.set_xlim(-0.6, len(keys) - 0.4)
-    ax.set_xlabel("t, steps of Rule 110" if "t=" in keys[0] else "hops")
+    ax.set_xlabel("t, steps of Rule 110" if "t=" in keys[0] else keys[0].split()[0])
     ax.set_ylabel("final accuracy (%)" if field == "accuracy" else "final loss per scored token (nats)")
 
 

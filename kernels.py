@@ -670,6 +670,8 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     parser.add_argument("--json", help="write all numbers to this file")
     args = parser.parse_args()
+    if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
+        parser.error(f"cannot write {args.json}: give a file in a directory that exists")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # as in training

@@ -129,7 +129,7 @@ def sleep(model, h, state, N, loop=None, use_checkpoint=False, keep=0):
 
 
 class Algorithm1(nn.Module):
-    """Training with hard eviction: one forward is lines 1 to 11 for a batch, so that line 14 is loss.backward().
+    """Training: one forward is lines 1 to 11 for a batch, so that line 14 is loss.backward().
 
     N: sleep passes per chunk (1 is the ordinary hybrid); loop, use_checkpoint and keep as in sleep().
     """
@@ -233,7 +233,10 @@ class Sleeper:
 
     def _check(self, tokens):
         """ids (B, T) on the model's device. Raises ValueError for another batch size or ids outside the vocabulary."""
-        tokens = torch.as_tensor(tokens).to(self.window.device)
+        try:
+            tokens = torch.as_tensor(tokens).to(self.window.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"these are no token ids: {error}") from None
         if tokens.dim() != 2 or len(tokens) != len(self.window) or tokens.dtype != torch.int64:
             raise ValueError(
                 f"give int64 ids of shape ({len(self.window)}, T), not {tokens.dtype} {tuple(tokens.shape)}"
@@ -297,10 +300,16 @@ class Sleeper:
         saved = read_plain(path, model.embedding.weight.device)
         if not isinstance(saved, dict) or saved.get("format") != 1 or "window" not in saved:
             raise ValueError(f"{path} is no memory of a Sleeper: give a file that Sleeper.save wrote")
-        if saved["model"] != fingerprint(model):
+        if saved.get("model") != fingerprint(model):
             raise ValueError(f"{path} is the memory of a model with other weights: load it with the model that made it")
-        sleeper = cls(model, **saved["settings"], batch=len(saved["window"]))
-        sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
+        try:
+            sleeper = cls(model, **saved["settings"], batch=len(saved["window"]))
+            sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
+            whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] < sleeper.L
+        except (KeyError, TypeError, AttributeError, IndexError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is incomplete or damaged: make the memory anew")
         return sleeper
 
 

@@ -1059,7 +1059,10 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
         Sleeper.load(tmp_path / "memory.pt", random_model())
     (tmp_path / "half.pt").write_bytes((tmp_path / "memory.pt").read_bytes()[:-200])
     torch.save({"format": 1}, tmp_path / "other.pt")
-    for name in ("half.pt", "other.pt", "missing.pt"):
+    for part in ("settings", "state", "model"):
+        whole = torch.load(tmp_path / "memory.pt", weights_only=True)
+        torch.save({key: a for key, a in whole.items() if key != part}, tmp_path / f"without {part}.pt")
+    for name in ("half.pt", "other.pt", "missing.pt", "without settings.pt", "without state.pt", "without model.pt"):
         with pytest.raises(ValueError) as caught:
             Sleeper.load(tmp_path / name, model)
         assert_one_line(str(caught.value), name)
@@ -1977,6 +1980,7 @@ BAD_FLAGS = {
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
     "growing for too long": ("--grow 1.5", "--grow"),
+    "workers": ("--workers -1", "--workers"),
     "loop that is no range": ("--loop nonsense", "--loop"),
     "loop out of range": ("--loop 0:9", "0:9"),
     "loop without a delta block": ("--loop 0:1", "0:1"),
@@ -2106,6 +2110,7 @@ def test_train_grows_harder():
     assert [train.difficulty(step, config, 2) for step in range(20)] == [1] * 10 + [2] * 10
     assert [train.difficulty(step, config, 6) for step in (0, 3, 4, 6, 7, 9, 10, 19)] == [1, 1, 2, 2, 4, 4, 6, 6]
     assert train.difficulty(0, config_of(DEPO), 2) == 2 and train.difficulty(0, config, 1) == 1
+    assert train.difficulty(9, config_of(DEPO, "--grow", "1e-300"), 16) == 16
     trainer = train.Trainer(config)
     batches = train.Batches(trainer.task, config, 0, 1, "cpu")
     for step, hardest in ((0, 1), (9, 1), (10, 2)):
@@ -2126,6 +2131,10 @@ def test_train_in_two_stages(tmp_path, monkeypatch):
     start = train.Trainer(second).model.state_dict()
     assert all(torch.equal(start[name], after[name]) for name in after)
     assert train.run(second) == 0
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    second.resume = True
+    assert train.run(second) == 0  # the checkpoint holds all that is needed
+    (tmp_path / "elsewhere").rename(tmp_path / "first")
     with pytest.raises(ValueError, match="does not fit"):
         train.Trainer(config_of(DEPO, "--d-model", "32", "--start-from", tmp_path / "first"))
 

@@ -15,6 +15,7 @@ Read next: test_all.py
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -24,8 +25,10 @@ import resource
 import shlex
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,7 +70,7 @@ def flag(default, text):
 class Config:
     """Everything that defines a run; every field is a flag. None: the preset decides, or the task does not have it."""
 
-    task: str = flag("depo", "rule110 or depo")
+    task: str = flag("depo", "rule110, depo or gsm")
     preset: str = flag("auto", "paper, small (one GPU), tiny (laptop CPU, minutes); auto picks by device")
     N: int = flag(4, "sleep passes over a window before it is evicted; 1 is the ordinary hybrid")
     seed: int = flag(0, "of weights and data; runs with different N and one seed see the same batches")
@@ -225,6 +228,8 @@ def check(config, given):
         raise ValueError(f"--weight-decay must be between 0 and 1 / muon_lr, got {config.weight_decay}")
     if not (config.warmup >= 0 and config.decay >= 0 and config.warmup + config.decay <= 1):
         raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
+    if not 0 <= config.workers <= 256:
+        raise ValueError(f"--workers must be between 0 and 256, got {config.workers}")
     if not 0 <= config.grow <= 1:
         raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -270,8 +275,17 @@ def schedule(step, config):
 
 def difficulty(step, config, levels):
     """The hardest level (hops, t) of the problems of a training step: with --grow it doubles from 1 until it is all."""
+    if not config.grow:
+        return levels
     doublings = math.ceil(math.log2(levels))
-    return min(levels, 2 ** int(doublings * step / (config.grow * config.steps))) if config.grow else levels
+    return min(levels, 2 ** int(min(doublings, doublings * step / (config.grow * config.steps))))
+
+
+def start_worker():
+    """First act of a process that makes batches: Ctrl-C is not for it, and it does not outlive its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class Batches:
@@ -285,7 +299,8 @@ class Batches:
         self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, device
         # spawn: a forked child of a process that uses CUDA or threads may hang
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(config.workers, spawn) if config.workers else ThreadPoolExecutor(1)
+        pool = functools.partial(ProcessPoolExecutor, config.workers, spawn, start_worker)
+        self.pool = pool() if config.workers else ThreadPoolExecutor(1)
         self.ahead = {}
 
     def _start(self, step):
@@ -295,8 +310,11 @@ class Batches:
     def get(self, step):
         """The batch of one step, on the device; the next ones start being made."""
         wanted = range(step, step + 2 + self.config.workers)
-        self.ahead = {s: self.ahead.get(s) or self._start(s) for s in wanted if s < self.config.steps}
-        tensors = self.ahead[step].result()
+        try:
+            self.ahead = {s: self.ahead.get(s) or self._start(s) for s in wanted if s < self.config.steps}
+            tensors = self.ahead[step].result()
+        except BrokenProcessPool:
+            raise ValueError(f"a worker died at step {step} (memory?): --resume with fewer --workers goes on") from None
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
@@ -352,7 +370,7 @@ class Trainer:
         self.task = build_task(dataclasses.asdict(config))
         torch.manual_seed(config.seed)
         self.model = Model(model_config(dataclasses.asdict(config), self.task)).to(config.device)
-        if config.start_from:
+        if config.start_from and not config.resume:
             load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
         if config.learn == "delta":
             for name, p in self.model.named_parameters():
