@@ -3,7 +3,8 @@
 This file is Algorithm 1 of arXiv:2605.26099. The comments `line k` are its line numbers. A long input is cut into
 windows of at most L tokens. A window without a scored token is slept over: N passes through the blocks, each fed with
 the features of the one before, each writing the delta layers' fast weights S. Then features and cache are thrown away.
-A window with scored tokens is answered in ONE ordinary pass that knows the past through S alone.
+A window with scored tokens is answered in ONE ordinary pass that knows the past through S alone. `Sleeper`, at the end,
+does the same with a stream of tokens, outside of training.
 
 Read next: eval.py
 """
@@ -197,7 +198,6 @@ def answer(model, state, x, max_new, keep=0):
     return torch.cat(new, 1)
 
 
-@torch.no_grad()
 def generate(model, context, question, max_new, N, L, loop=None, keep=0):
     """Sleep over `context` in windows of at most L tokens, then answer `question` greedily, one pass per new token.
 
@@ -205,12 +205,10 @@ def generate(model, context, question, max_new, N, L, loop=None, keep=0):
     ordinary one: its own cache, the past through S and what `keep` left. Raises ValueError if question and answer
     exceed L tokens.
     """
-    if question.shape[1] < 1 or max_new < 1 or question.shape[1] + max_new - 1 > L:
-        raise ValueError(f"a question of {question.shape[1]} and an answer of {max_new} tokens must fit in L = {L}")
-    state = model.initial_state()
-    for start in range(0, context.shape[1], L):
-        state, _ = sleep(model, model.embed(context[:, start : start + L]), state, N, loop, keep=keep)
-    return answer(model, state, question, max_new, keep)
+    sleeper = Sleeper(model, N, L, loop, keep, batch=len(context))
+    sleeper.feed(context)
+    sleeper.sleep()
+    return sleeper.ask(question, max_new)
 
 
 class Sleeper:

@@ -1730,6 +1730,7 @@ DEPO += "--device cpu --no-compile"
 
 
 def config_of(flags, *more):
+    """The Config of a command line: flags in one string, then more of them."""
     return train.parse_config([*flags.split(), *map(str, more)])
 
 
@@ -1896,6 +1897,7 @@ def files_below(folder):
 
 
 def read_log(out, kind="train"):
+    """The lines of one kind of a run's log.jsonl, without their times."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if line["kind"] == kind]
 

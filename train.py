@@ -131,7 +131,7 @@ class Config:
     compile: bool = flag(True, "compile the blocks; --no-compile for eager")
     cuda_graph: bool = flag(True, "on one GPU: record forward and backward once and replay them")
     workers: int = flag(0, "processes that make batches; 0: a thread, enough for rule110 and depo")
-    threads: int = flag(1, "CPU threads; two help small models on an idle machine only, and hurt on a busy one")
+    threads: int = flag(1, "CPU threads; more than one slows models as small as tiny")
     out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
     resume: bool = flag(False, "go on from the checkpoint in the run directory")
 
