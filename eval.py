@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser
 from model import Model, ModelConfig
-from sleep import Algorithm1, kept_tokens, read_plain, scored_part, split_chunks
+from sleep import Algorithm1, SleepConfig, kept_tokens, read_plain, scored_part, split_chunks
 
 # -----------------------------------------------------------------------------
 # from a run directory to a model
@@ -73,7 +73,7 @@ def model_config(config, task):
 
 # flags that older checkpoints do not know, with the values that describe what those runs did
 LATER_FLAGS = dict(
-    evict="hard", learn="all", start_from=None, grow=0.0, mode="both", difficulty="both", question="first", worked=False
+    evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", start_from=None, grow=0.0, mode="both", difficulty="both", question="first", worked=False
 )
 
 
@@ -156,10 +156,15 @@ def read_log(path):
 BATCH = 256  # problems at a time on the command line; fixed, because a task's problems depend on the batch size
 
 
-def algorithm_of(model, config, N=None):
-    """Algorithm 1 as a run's flags (a dict) describe it, with another N if given. Raises ValueError where it does."""
-    keep = kept_tokens(config["evict"], config["L"])
-    return Algorithm1(model, N or config["N"], parse_loop(config["loop"]), keep=keep)
+def sleep_config(config):
+    """How a run's flags (a dict) say to sleep. Raises ValueError where SleepConfig does."""
+    keep, causal = kept_tokens(config["evict"], config["L"]), config["sleep_attention"] == "causal"
+    return SleepConfig(config["N"], parse_loop(config["loop"]), keep, causal, config.get("tol", 0.0))
+
+
+def algorithm_of(model, config):
+    """Algorithm 1 as a run's flags (a dict) describe it. Raises ValueError where it does."""
+    return Algorithm1(model, sleep_config(config), answer_passes=config["answer_passes"])
 
 
 def predict(algorithm, task, split, L, n, seed, batch):
@@ -179,7 +184,7 @@ def predict(algorithm, task, split, L, n, seed, batch):
         # not inference_mode: the rotation tables that the model caches here must still be usable in training
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
             for s in tqdm(
-                range(-(-n // batch)), f"N={algorithm.N}", leave=False, disable=None
+                range(-(-n // batch)), f"N={algorithm.config.N}", leave=False, disable=None
             ):  # None: only on a terminal
                 x, y, m = (a[: n - s * batch] for a in task.batch(seed, split, s, batch))
                 batches.append((x, y, m, *answers(algorithm, x, y, m, split_chunks(m, L), device)))
@@ -636,7 +641,7 @@ def score_run(run, loaded, args):
     """Evaluate a run, print its mistakes, and add its scores to its description."""
     model, task, config, _ = loaded
     N = run["evaluated_N"]
-    asked = predict(algorithm_of(model, config, N), task, args.split, config["L"], args.n, args.seed, BATCH)
+    asked = predict(algorithm_of(model, config | {"N": N}), task, args.split, config["L"], args.n, args.seed, BATCH)
     if args.mistakes:
         print(f"{run['path']}, N={N}: {mistakes(task, *asked[:4], args.mistakes)}\n")
     run.update(summarise(task, *asked))

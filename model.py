@@ -96,11 +96,12 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def attention_mask(T, past, window, device):
+def attention_mask(T, past, window, causal, device):
     """Which of `past` cached and T new tokens each new one sees, (T, past + T) bool; None if plain causal will do."""
-    if not past and (window is None or T <= window):
+    if causal and not past and (window is None or T <= window):
         return None
-    mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+    mask = torch.ones(T, past + T, dtype=torch.bool, device=device)
+    mask = mask.tril(past) if causal else mask
     return mask if window is None else mask.triu(past + 1 - window)
 
 
@@ -284,12 +285,13 @@ class Model(nn.Module):
         """The state at the start of a sequence: one empty LayerState per block."""
         return [LayerState() for _ in self.layers]
 
-    def blocks(self, h, state, layers=None, write_only=False, window=None):
+    def blocks(self, h, state, layers=None, write_only=False, window=None, causal=True):
         """Run some of the blocks once, in order.
 
         h (B, T, d_model); state: a LayerState per block of the model; layers: the indices to run, all by default.
         write_only: the last of them is a delta block of which only the write to S is wanted; h comes back None.
-        window: tokens that attention sees, itself included; None for all that are in the cache.
+        window: tokens that attention sees, itself included; None for all that are in the cache. causal=False: attention
+        also sees the later tokens of h, all of them.
         Returns h and a new state in which the blocks that did not run keep theirs. `state` itself is not changed.
         """
         layers = range(len(self.layers)) if layers is None else layers
@@ -297,7 +299,7 @@ class Model(nn.Module):
         for i in layers:
             if self.layers[i].kind == "A":
                 past = 0 if state[i].k is None else state[i].k.shape[1]
-                mask = attention_mask(T, past, window, h.device)
+                mask = attention_mask(T, past, window, causal, h.device)
                 h, state[i] = self.layers[i](h, state[i], self.rope(past + T, h), mask)
                 continue
             if state[i].S is None:

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import zipfile
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -80,85 +81,155 @@ def window_of(keep):
     return keep + 1 if 0 < keep < math.inf else None
 
 
-def passes(pattern, N, loop=None, keep=0):
-    """The block indices of each of N passes over a sleeping chunk.
+@dataclass(frozen=True)
+class SleepConfig:
+    """How a model sleeps: in training, in evaluation and on a stream. Raises ValueError for numbers without sense."""
 
-    loop: (first, last+1) of the looped blocks, all by default: the first pass enters through the blocks before them
-    (prelude), the last one leaves through those behind (coda). keep: as in evict(). Raises ValueError if N < 1, if the
-    range does not fit the pattern, or if N > 1 and no delta block is looped.
+    N: int = 1  # passes over a window; 1 is the ordinary hybrid
+    loop: tuple | None = None  # (first, last+1) of the blocks that are looped, all by default
+    keep: float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
+    causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
+    tol: float = 0.0  # not in the paper: wake when no pass changes S by more than this fraction; 0: after N passes
+
+    def __post_init__(self):
+        if self.N < 1:
+            raise ValueError(f"N must be at least 1 pass, got {self.N}")
+        if not 0 <= self.tol < math.inf:
+            raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
+        if self.tol and self.loop:
+            raise ValueError("with tol any pass may be the last, so all blocks are looped: leave loop out")
+
+
+def passes(pattern, config):
+    """The block indices of each of N passes over a sleeping chunk, a list of lists.
+
+    The first pass enters through the blocks before the looped ones (prelude), the last one leaves through those behind
+    (coda). Raises ValueError if the range does not fit the pattern, or if N > 1 and no delta block is looped.
     """
-    first, last = loop or (0, len(pattern))
-    if N < 1:
-        raise ValueError(f"N must be at least 1 pass, got {N}")
+    first, last = config.loop or (0, len(pattern))
     if not 0 <= first < last <= len(pattern):
         raise ValueError(f"the looped blocks {first}:{last} are not a range of the {len(pattern)} blocks {pattern}")
-    if "D" not in pattern or (N > 1 and "D" not in pattern[first:last]):
+    if "D" not in pattern or (config.N > 1 and "D" not in pattern[first:last]):
         raise ValueError(f"no delta block (D) to sleep with among the looped blocks {first}:{last} of {pattern}")
-    order = [list(range(first, last)) for _ in range(N)]
+    order = [list(range(first, last)) for _ in range(config.N)]
     order[0] = list(range(first)) + order[0]
     order[-1] = order[-1] + list(range(last, len(pattern)))
     # not in the paper: what would come after the last write to a fast weight is dead, because nobody sees its features
-    while not keep and pattern[order[-1][-1]] != "D":
+    while not config.keep and pattern[order[-1][-1]] != "D":
         order[-1].pop()
     return order
 
 
-def sleep(model, h, state, N, loop=None, use_checkpoint=False, keep=0):
-    """Lines 6 and 7: N passes over one chunk; returns the state with S rewritten and the rest evicted as `keep` says.
+def sleep_passes(model, h, state, config, use_checkpoint=False):
+    """Line 6: the N passes over one chunk, one by one; yields (features fed into the pass, state after it).
 
     h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
-    pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass. Also returns the
-    features that entered the last pass.
+    pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
-    old, state = evict(state, keep), list(state)
-    for n, layers in enumerate(passes(model.config.pattern, N, loop, keep), 1):
+    keep, old, state = config.keep, evict(state, config.keep), list(state)
+    for n, layers in enumerate(passes(model.config.pattern, config), 1):
         fed_back = h
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
         # not in the paper: that the convolution's history is not kept between passes
         start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
         # under hard eviction the last pass ends with its last write to S
-        args = h, start, layers, n == N and not keep, window_of(keep)
+        args = h, start, layers, n == config.N and not keep, window_of(keep), config.causal
         if use_checkpoint and torch.is_grad_enabled():
             # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
             h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             h, new = model.blocks(*args)
-        for i in layers:
-            state[i] = new[i]
-    return evict(state, keep), fed_back
+        state = [new[i] if i in layers else layer for i, layer in enumerate(state)]
+        yield fed_back, state
+
+
+def sleep(model, h, state, config, use_checkpoint=False):
+    """Lines 6 and 7: sleep over one chunk, then evict. Arguments as in sleep_passes.
+
+    Returns the new state, the features that entered the last pass, and how many passes each row slept, (B,) int64.
+    """
+    nights = sleep_passes(model, h, state, config, use_checkpoint)
+    if config.tol:
+        fed_back, state, slept = until_settled(nights, state, config.tol)
+    else:
+        for fed_back, state in nights:
+            pass
+        slept = torch.full((len(h),), config.N, device=h.device)
+    return evict(state, config.keep), fed_back, slept
+
+
+def until_settled(nights, state, tol):
+    """not in the paper: each row keeps the state of its first pass that changes its S by no more than a fraction tol.
+
+    nights: from sleep_passes, asked for no more once all rows have settled; state: before the first pass. Returns as
+    sleep() does, without the eviction.
+    """
+    settled = None
+    for fed_back, new in nights:
+        change = relative_change(state, new)  # (B,)
+        if settled is None:
+            settled, slept = torch.zeros_like(change, dtype=torch.bool), torch.zeros_like(change, dtype=torch.int64)
+        else:
+            new = [merge_rows(settled, mine, theirs) for mine, theirs in zip(state, new)]
+        slept, settled, state = slept + ~settled, settled | (change <= tol), new
+        if settled.all():
+            break
+    return fed_back, state, slept
+
+
+def relative_change(old, new):
+    """How much a pass changed the fast weights: |S_new - S_old| / |S_new| over all delta layers, per row, (B,)."""
+    both = [(0 if a.S is None else a.S, b.S) for a, b in zip(old, new) if b.S is not None]
+    moved, size = (sum(x.square().sum((1, 2, 3)) for x in xs) for xs in ([b - a for a, b in both], [b for _, b in both]))
+    return (moved / size.clamp_min(1e-30)).sqrt()
+
+
+def merge_rows(take, a, b):
+    """A LayerState with the rows of a where take (B,) is true, and those of b elsewhere."""
+
+    def pick(x, y):
+        return y if x is None else torch.where(take.view(-1, *(1,) * (y.dim() - 1)), x, y)
+
+    conv = b.conv and tuple(pick(x, y) for x, y in zip(a.conv, b.conv))
+    return LayerState(S=pick(a.S, b.S), conv=conv, k=pick(a.k, b.k), v=pick(a.v, b.v))
 
 
 class Algorithm1(nn.Module):
     """Training: one forward is lines 1 to 11 for a batch, so that line 14 is loss.backward().
 
-    N: sleep passes per chunk (1 is the ordinary hybrid); loop, use_checkpoint and keep as in sleep().
+    config: a SleepConfig; use_checkpoint as in sleep_passes. answer_passes: not in the paper, a baseline: loop over
+    prediction windows too, feeding features back, each pass with the S that the window began with.
     """
 
-    def __init__(self, model, N, loop=None, use_checkpoint=False, keep=0):
+    def __init__(self, model, config, use_checkpoint=False, answer_passes=1):
         super().__init__()
-        passes(model.config.pattern, N, loop)  # refuse a bad N or loop now, not in the first step
-        self.model, self.N, self.loop, self.use_checkpoint, self.keep = model, N, loop, use_checkpoint, keep
+        passes(model.config.pattern, config)  # refuse a bad loop now, not in the first step
+        self.model, self.config, self.use_checkpoint, self.answer_passes = model, config, use_checkpoint, answer_passes
 
     def logits(self, x, chunks):
         """x (B, T) ids, chunks from split_chunks -> logits of the prediction chunks only, (B, T_pred, vocab_size).
 
-        Also returns two detached scalars: the RMS of the last features fed into a sleeping pass, and of the final S.
+        Also returns detached scalars: the RMS of the last features fed into a sleeping pass, and of the final S, and
+        the mean number of passes of a sleep.
         """
         state = self.model.initial_state()  # line 1
-        h, logits = None, []
+        h, logits, slept = None, [], []
         for start, stop, predicts in chunks:  # line 3
             e = self.model.embed(x[:, start:stop])  # line 4
             if predicts:
                 # line 10: one pass, still writing S; the cache is what the last eviction left
-                y, state = self.model.blocks(e, evict(state, self.keep), window=window_of(self.keep))
-                logits.append(self.model.head(y))
+                before = evict(state, self.config.keep)
+                for _ in range(self.answer_passes):
+                    e, state = self.model.blocks(e, before, window=window_of(self.config.keep))
+                logits.append(self.model.head(e))
             else:
-                args = self.N, self.loop, self.use_checkpoint, self.keep
-                state, h = sleep(self.model, e, state, *args)  # lines 6, 7
+                state, h, n = sleep(self.model, e, state, self.config, self.use_checkpoint)  # lines 6, 7
+                slept.append(n)
         with torch.no_grad():
             S = torch.cat([layer.S.flatten() for layer in state if layer.S is not None])
             stats = {"h_rms": rms(e if h is None else h), "S_rms": rms(S)}
+            stats["passes"] = torch.stack(slept).float().mean() if slept else torch.zeros_like(stats["S_rms"])
         return torch.cat(logits, 1), stats
 
     def forward(self, x, y, m, chunks):
@@ -198,14 +269,14 @@ def answer(model, state, x, max_new, keep=0):
     return torch.cat(new, 1)
 
 
-def generate(model, context, question, max_new, N, L, loop=None, keep=0):
+def generate(model, context, question, max_new, config, L):
     """Sleep over `context` in windows of at most L tokens, then answer `question` greedily, one pass per new token.
 
     context (B, T), question (B, T_q), ids; returns the max_new answer ids, (B, max_new). The question's window is an
     ordinary one: its own cache, the past through S and what `keep` left. Raises ValueError if question and answer
     exceed L tokens.
     """
-    sleeper = Sleeper(model, N, L, loop, keep, batch=len(context))
+    sleeper = Sleeper(model, config, L, batch=len(context))
     sleeper.feed(context)
     sleeper.sleep()
     return sleeper.ask(question, max_new)
@@ -215,17 +286,17 @@ class Sleeper:
     """A trained model that reads a stream: it sleeps whenever its window is full, and answers at any time.
 
     feed() stores ids and only a sleep changes S, always over the whole open window: so what is remembered does not
-    depend on the pieces in which a stream arrives. N, L, loop, keep: as in sleep(); batch: rows that advance together.
-    A call that raises ValueError changes nothing.
+    depend on the pieces in which a stream arrives. config: a SleepConfig; L: the window in tokens; batch: rows that
+    advance together. A call that raises ValueError changes nothing.
     """
 
-    def __init__(self, model, N, L, loop=None, keep=0, batch=1):
-        passes(model.config.pattern, N, loop)
+    def __init__(self, model, config, L, batch=1):
+        passes(model.config.pattern, config)
         if batch < 1 or L < 1:
             raise ValueError(f"a batch of {batch} and a window of {L} tokens: use at least 1")
         if model.config.n_pos and L > model.config.n_pos:
             raise ValueError(f"a window of {L} tokens, but the model was trained for {model.config.n_pos}")
-        self.model, self.N, self.L, self.loop, self.keep = model, N, L, loop, keep
+        self.model, self.config, self.L = model, config, L
         self.state = model.initial_state()
         self.window = torch.empty(batch, 0, dtype=torch.int64, device=model.embedding.weight.device)
 
@@ -246,22 +317,30 @@ class Sleeper:
         return tokens
 
     def feed(self, tokens):
-        """Read ids (B, T), any number of them; sleep every time there are L in the window."""
-        tokens = self._check(tokens)
+        """Read ids (B, T), any number of them; sleep every time there are L in the window.
+
+        Returns for each of these sleeps the passes that each row took, a list of (B,) int64.
+        """
+        tokens, slept = self._check(tokens), []
         while tokens.shape[1]:
             room = self.L - self.window.shape[1]
             self.window = torch.cat((self.window, tokens[:, :room]), 1)
             tokens = tokens[:, room:]
             if self.window.shape[1] == self.L:
-                self.sleep()
+                slept.append(self.sleep())
+        return slept
 
     @torch.no_grad()
     def sleep(self):
-        """N passes over the open window, however full it is, then evict it. An empty one is left alone."""
-        if self.window.shape[1]:
-            h = self.model.embed(self.window)
-            self.state, _ = sleep(self.model, h, self.state, self.N, self.loop, keep=self.keep)
-            self.window = self.window[:, :0]
+        """Sleep over the open window, however full it is, then evict it; an empty one is left alone.
+
+        Returns how many passes each row took, (B,) int64.
+        """
+        if not self.window.shape[1]:
+            return torch.zeros(len(self.window), dtype=torch.int64, device=self.window.device)
+        self.state, _, slept = sleep(self.model, self.model.embed(self.window), self.state, self.config)
+        self.window = self.window[:, :0]
+        return slept
 
     def ask(self, tokens, max_new, remember=False):
         """Greedy answer to a question (B, T >= 1): ids (B, max_new), read on top of the open window in one pass each.
@@ -276,7 +355,7 @@ class Sleeper:
         if x.shape[1] + max_new - 1 > self.L:
             parts = f"{self.window.shape[1]} tokens in the window, {tokens.shape[1]} of question, {max_new} of answer"
             raise ValueError(f"{parts} do not fit into L = {self.L}: call sleep() first, or ask less")
-        found = answer(self.model, self.state, x, max_new, self.keep)
+        found = answer(self.model, self.state, x, max_new, self.config.keep)
         if remember:
             self.feed(torch.cat((tokens, found), 1))
         return found
@@ -287,9 +366,9 @@ class Sleeper:
 
     def save(self, path):
         """Write memory and settings as plain tensors and numbers, under a temporary name first."""
-        settings = {"N": self.N, "L": self.L, "loop": self.loop, "keep": self.keep}
-        memory = {"format": 1, "model": fingerprint(self.model), "settings": settings, "window": self.window}
-        torch.save(memory | {"state": [tuple(layer) for layer in self.state]}, f"{path}.tmp")
+        memory = {"format": 1, "model": fingerprint(self.model), "config": asdict(self.config), "L": self.L}
+        memory |= {"window": self.window, "state": [tuple(layer) for layer in self.state]}
+        torch.save(memory, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
 
     @classmethod
@@ -301,7 +380,7 @@ class Sleeper:
         if saved.get("model") != fingerprint(model):
             raise ValueError(f"{path} is the memory of a model with other weights: load it with the model that made it")
         try:
-            sleeper = cls(model, **saved["settings"], batch=len(saved["window"]))
+            sleeper = cls(model, SleepConfig(**saved["config"]), saved["L"], batch=len(saved["window"]))
             sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
             whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] < sleeper.L
         except (KeyError, TypeError, AttributeError, IndexError):

@@ -41,6 +41,7 @@ from model import Attention, LayerState, Model, ModelConfig
 from sleep import (
     Algorithm1,
     Chunk,
+    SleepConfig,
     Sleeper,
     evict,
     generate,
@@ -167,18 +168,18 @@ def ref_delta(w, x, position, allowed, past, n_head, S):
     return o.flatten(2) @ w["out_proj.weight"].T, S
 
 
-def ref_blocks(model, h, S, layers, L, window=None, seen=None, inputs=None):
+def ref_blocks(model, h, S, layers, L, window=None, seen=None, inputs=None, causal=True):
     """Some blocks over h (B, T, d) in one piece; what a hard eviction restarts is restarted every L tokens.
 
     S: block -> (B, H, V, K), replaced in place: all that goes from one stretch of L tokens to the next.
     With a window nothing restarts: attention sees that many tokens, itself included. seen: block -> what its mixer read
-    in earlier chunks, (B, P, d); inputs is filled with what it reads now.
+    in earlier chunks, (B, P, d); inputs is filled with what it reads now. causal: attention sees no later tokens.
     """
     weights, c = model.state_dict(), model.config
     past = 0 if seen is None else seen[0].shape[1]
     time = torch.arange(past + h.shape[1])
     position = time % L if window is None else time
-    allowed = (time[:, None] >= time) & (
+    allowed = (time[:, None] >= (time if causal else 0)) & (
         (time[:, None] // L == time // L) if window is None else (time[:, None] - time < window)
     )
     for i in layers:
@@ -215,21 +216,29 @@ def ref_head(model, h):
     return ref_rmsnorm(h, weights["norm.weight"]) @ weights["head_proj.weight"].T
 
 
-def ref_algorithm1(model, x, predicts, L, N, loop=None):
-    """Algorithm 1 as printed: every pass runs all of its blocks, dead or not. Logits of the prediction chunks."""
+def ref_algorithm1(model, x, predicts, L, N, loop=None, causal=True, answer_passes=1):
+    """Algorithm 1 as printed: every pass runs all of its blocks, dead or not. Logits of the prediction chunks.
+
+    causal: of attention while asleep; answer_passes: over prediction chunks, each from the same S.
+    """
     n_layer, S, logits = len(model.layers), ref_zero_S(model, len(x)), []
     first, last = loop or (0, n_layer)
     for c, predict in enumerate(predicts):
         h = ref_embed(model, x[:, c * L : c * L + L], L)
         if predict:
-            logits.append(ref_head(model, ref_blocks(model, h, S, range(n_layer), L)))
+            before = dict(S)
+            for _ in range(answer_passes):
+                S.update(before)
+                h = ref_blocks(model, h, S, range(n_layer), L)
+            logits.append(ref_head(model, h))
             continue
         for n in range(1, N + 1):
-            h = ref_blocks(model, h, S, range(0 if n == 1 else first, n_layer if n == N else last), L)
+            layers = range(0 if n == 1 else first, n_layer if n == N else last)
+            h = ref_blocks(model, h, S, layers, L, causal=causal)
     return torch.cat(logits, 1)
 
 
-def ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop=None):
+def ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop=None, causal=True):
     """ref_algorithm1 without restarts: attention and convolution go on from what the last pass over a chunk read."""
     n_layer, S, logits = len(model.layers), ref_zero_S(model, len(x)), []
     first, last = loop or (0, n_layer)
@@ -238,7 +247,7 @@ def ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop=None):
         h, inputs = ref_embed(model, x[:, c * L : c * L + L], L), {}
         for n in (1,) if predict else range(1, N + 1):
             layers = range(0 if n == 1 else first, n_layer if predict or n == N else last)
-            h = ref_blocks(model, h, S, layers, L, window, seen, inputs)
+            h = ref_blocks(model, h, S, layers, L, window, seen, inputs, causal or predict)
         if predict:
             logits.append(ref_head(model, h))
         seen = {i: torch.cat((seen[i], inputs[i]), 1) for i in seen}
@@ -728,10 +737,11 @@ def test_model_refuses_what_is_no_architecture(wrong):
 L = 6  # the window of this section
 
 
-def run_algorithm1(model, x, predicts, N, loop=None, keep=0):
+def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1):
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
-    return Algorithm1(model, N, loop, keep=keep).logits(x, split_chunks(m, L))[0]
+    algorithm = Algorithm1(model, SleepConfig(N, loop, keep, causal), answer_passes=answer_passes)
+    return algorithm.logits(x, split_chunks(m, L))[0]
 
 
 @pytest.mark.parametrize("predicts", ([False, False, False, True], [False, True, False, True]), ids=("last", "two"))
@@ -795,10 +805,57 @@ def test_sleep_with_a_kept_cache_is_algorithm_1_that_keeps(eviction, pattern, N,
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L)), want) <= 1e-9
 
 
+@pytest.mark.parametrize("eviction", ("hard", "sliding", "all"))
+@pytest.mark.parametrize("pattern, N, loop", (("ADAD", 1, None), ("DADA", 3, None), ("AADD", 3, (1, 3))))
+def test_sleep_with_full_attention_sees_all_of_the_window(eviction, pattern, N, loop):
+    """Attention that is not causal while asleep: some pass stays causal, a band hides tokens, or answers see ahead."""
+    model, predicts = random_model(pattern, n_pos=L), [False, True, False, True]
+    x = random_ids(2, 3 * L + 4)
+    if eviction == "hard":
+        want = ref_algorithm1(model, x, predicts, L, N, loop, causal=False)
+    else:
+        window = L if eviction == "sliding" else x.shape[1]
+        want = ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop, causal=False)
+    assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L), causal=False), want) <= 1e-9
+    assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L)), want) >= 1e-6
+
+
+@pytest.mark.parametrize("N", (1, 2))
+def test_sleep_answer_passes_loop_over_answers_only(N):
+    """The baseline that loops while it answers: S leaks later answers into a pass, or sleeps are looped as well."""
+    model, x, predicts = random_model("DADA"), random_ids(2, 4 * L), [False, True, False, True]
+    want = ref_algorithm1(model, x, predicts, L, N, answer_passes=3)
+    assert error(run_algorithm1(model, x, predicts, N, answer_passes=3), want) <= 1e-9
+    other = x.clone()
+    other[:, -1] = (x[:, -1] + 1) % 29
+    change = (run_algorithm1(model, other, predicts, N, answer_passes=3) - want).abs().amax((0, 2))
+    assert change[:-1].max() <= 1e-9 and change[-1] >= 1e-6
+
+
+@pytest.mark.parametrize("eviction", ("hard", "sliding", "all"))
+@pytest.mark.parametrize("pattern", ("DADA", "AD"))
+def test_sleep_until_settled_is_each_row_at_its_own_N(eviction, pattern):
+    """Adaptive N: a row that has settled is changed by passes the others still need, or the count of passes is wrong."""
+    model, keep, N_max = random_model(pattern), kept_tokens(eviction, L), 7
+    h, state = model.embed(random_ids(6, L)), model.initial_state()
+    state = sleep(model, model.embed(random_ids(6, L)), state, SleepConfig(1, keep=keep))[0]
+    after = [state] + [sleep(model, h, state, SleepConfig(n, keep=keep))[0] for n in range(1, N_max + 1)]
+    flat = [torch.cat([layer.S.flatten(1) for layer in s if layer.S is not None], 1) for s in after]  # (6, ...)
+    change = torch.stack([(b - a).norm(dim=1) / b.norm(dim=1) for a, b in zip(flat, flat[1:])])  # (N_max, 6)
+    for tol in (*change.flatten()[[0, 7, 20, 33]].tolist(), 1e-12, 10.0):
+        settled = torch.cat((change[:-1] <= tol, torch.ones(1, 6, dtype=torch.bool)))
+        want = settled.int().argmax(0) + 1  # (6,)
+        got, _, slept = sleep(model, h, state, SleepConfig(N_max, keep=keep, tol=tol * (1 + 1e-9)))
+        assert torch.equal(slept, want), tol
+        for row, n in enumerate(want.tolist()):
+            for a, b in zip(state_tensors(got), state_tensors(after[n])):
+                assert error(a[row], b[row]) <= 1e-12
+
+
 def test_sleep_keeps_as_many_tokens_as_it_says():
     """Sliding eviction keeps a token too many or too few, no convolution history, or something without a gradient."""
     model, h = random_model("AD"), torch.randn(2, L, 16, dtype=torch.float64, requires_grad=True)
-    state, _ = sleep(model, h, model.initial_state(), 2, keep=L - 1)
+    state, *_ = sleep(model, h, model.initial_state(), SleepConfig(2, keep=L - 1))
     assert state[0].k.shape[1] == state[0].v.shape[1] == L - 1
     assert [a.shape[1] for a in state[1].conv] == [3, 3, 3]
     for kept in (state[0].k, state[0].v, state[1].conv[0], state[1].S):
@@ -822,7 +879,7 @@ def test_sleep_leaves_nothing_but_S(N):
     def answer(state):
         return model.head(model.blocks(model.embed(question), state)[0])
 
-    my_state, other_state = (sleep(model, model.embed(c), model.initial_state(), N)[0] for c in (mine, other))
+    my_state, other_state = (sleep(model, model.embed(c), model.initial_state(), SleepConfig(N))[0] for c in (mine, other))
     want = run_algorithm1(model, torch.cat((mine, question), 1), [False, True], N)
     transplanted = [theirs._replace(S=own.S) for theirs, own in zip(other_state, my_state)]
     assert error(answer(transplanted), want) <= 1e-12
@@ -851,7 +908,7 @@ def test_sleep_gradient_reaches_every_slept_token(N, pattern):
         torch.arange(T).expand(2, T),
     )  # every token its own embedding row
     m = (torch.arange(T) >= 3 * L).expand(2, T)
-    Algorithm1(model, N)(x, random_ids(2, T, T), m, chunks)[0].backward()
+    Algorithm1(model, SleepConfig(N))(x, random_ids(2, T, T), m, chunks)[0].backward()
     rows = model.embedding.weight.grad.norm(dim=1)
     assert rows[:T].min() > 1e-6 and rows[T] == 0
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
@@ -877,7 +934,7 @@ def test_sleep_second_pass_sees_later_tokens_of_its_chunk():
     other[:, -1] = (x[:, -1] + 1) % 29
 
     def features_after(n, ids):  # what enters the last of n+1 passes is what the n-th one made
-        return sleep(model, model.embed(ids), model.initial_state(), n + 1)[1]
+        return sleep(model, model.embed(ids), model.initial_state(), SleepConfig(n + 1))[1]
 
     assert torch.equal(features_after(1, x), model.blocks(model.embed(x), model.initial_state())[0])
     for n, early in ((1, False), (2, True), (3, True)):
@@ -892,7 +949,7 @@ def one_step(model, N, use_checkpoint, B=2, T=3 * L + 4, window=L, seed=7):
     x, y = torch.randint(29, (2, B, T), generator=rng)
     m = (torch.arange(T) >= (T - 1) // window * window).expand(B, T)
     model.zero_grad()
-    loss = Algorithm1(model, N, use_checkpoint=use_checkpoint)(x, y, m, split_chunks(m, window))[0]
+    loss = Algorithm1(model, SleepConfig(N), use_checkpoint)(x, y, m, split_chunks(m, window))[0]
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -948,7 +1005,7 @@ def test_sleep_gradient_is_the_slope_of_the_loss():
     model, x, y = random_model("ADAD"), random_ids(2, 2 * L + 4), random_ids(2, 2 * L + 4)
     m = answers_in([False, False, True], L, last=4).clone()
     m[0, -2] = False
-    chunks, algorithm = split_chunks(m, L), Algorithm1(model, 3)
+    chunks, algorithm = split_chunks(m, L), Algorithm1(model, SleepConfig(3))
 
     @torch.no_grad()
     def loss():  # the same loss by hand, in float64
@@ -974,16 +1031,17 @@ def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop, n_pos, evi
     """Answering token by token gives other tokens than the forward that training uses."""
     model, context, question = random_model(n_pos=n_pos), random_ids(3, 2 * L), random_ids(3, 2)
     keep = kept_tokens(eviction, L)
-    got = generate(model, context, question, 4, N, L, loop, keep)
+    config = SleepConfig(N, loop, keep)
+    got = generate(model, context, question, 4, config, L)
     x = torch.cat((context, question), 1)
     for _ in range(4):
         x = torch.cat((x, run_algorithm1(model, x, [False, False, True], N, loop, keep)[:, -1:].argmax(-1)), 1)
     assert torch.equal(got, x[:, -4:])
-    assert generate(model, context, question, L - 1, N, L, loop).shape == (3, L - 1)  # the last token is not fed back
+    assert generate(model, context, question, L - 1, config, L).shape == (3, L - 1)  # the last token is not fed back
     with pytest.raises(ValueError):
-        generate(model, context, question, L, N, L, loop)
+        generate(model, context, question, L, config, L)
     with pytest.raises(ValueError):
-        generate(model, context, question[:, :0], 2, N, L, loop)
+        generate(model, context, question[:, :0], 2, config, L)
 
 
 def same_memory(a, b):
@@ -996,11 +1054,11 @@ def same_memory(a, b):
 def test_sleep_stream_is_remembered_alike_in_whatever_pieces(eviction):
     """What S holds depends on how a stream arrives, or on questions that were asked in between."""
     model, stream, keep = random_model(n_pos=L), random_ids(3, 4 * L + 3), kept_tokens(eviction, L)
-    whole = Sleeper(model, 2, L, keep=keep, batch=3)
+    whole = Sleeper(model, SleepConfig(2, keep=keep), L, batch=3)
     whole.feed(stream)
     assert whole.window.shape == (3, 3)
     for sizes in ((1,) * stream.shape[1], (L - 1, L + 2, 1, 2 * L, 1), (0, 5, 4 * L - 2)):
-        pieces = Sleeper(model, 2, L, keep=keep, batch=3)
+        pieces = Sleeper(model, SleepConfig(2, keep=keep), L, batch=3)
         for piece in stream.split(sizes, 1):
             pieces.feed(piece)
             if pieces.window.shape[1] < L - 2:
@@ -1012,13 +1070,13 @@ def test_sleep_stream_is_remembered_alike_in_whatever_pieces(eviction):
 def test_sleep_stream_answers_as_in_training(N, loop, eviction):
     """Feeding and asking gives other answers than Algorithm 1 on the same tokens."""
     model, x, keep = random_model(), random_ids(3, 3 * L - 4), kept_tokens(eviction, L)
-    sleeper = Sleeper(model, N, L, loop, keep, batch=3)
+    sleeper = Sleeper(model, SleepConfig(N, loop, keep), L, batch=3)
     sleeper.feed(x[:, : 2 * L + 1])
     got = sleeper.ask(x[:, 2 * L + 1 :], 3)
     for _ in range(3):
         x = torch.cat((x, run_algorithm1(model, x, [False, False, True], N, loop, keep)[:, -1:].argmax(-1)), 1)
     assert torch.equal(got, x[:, -3:])
-    other = Sleeper(model, N, L, loop, keep, batch=3)
+    other = Sleeper(model, SleepConfig(N, loop, keep), L, batch=3)
     other.feed(x)
     sleeper.ask(x[:, 2 * L + 1 : -3], 3, remember=True)
     assert same_memory(sleeper, other)
@@ -1027,7 +1085,7 @@ def test_sleep_stream_answers_as_in_training(N, loop, eviction):
 def test_sleep_stream_can_sleep_early():
     """sleep() on a window that is not full does something else than training on a shorter window."""
     model, x = random_model(), random_ids(2, L + 3)
-    sleeper = Sleeper(model, 2, L, batch=2)
+    sleeper = Sleeper(model, SleepConfig(2), L, batch=2)
     sleeper.sleep()
     assert sleeper.state == model.initial_state()
     for part in x.split(L, 1):
@@ -1037,7 +1095,7 @@ def test_sleep_stream_can_sleep_early():
     state = model.initial_state()
     with torch.no_grad():
         for part in x.split(L, 1):
-            state, _ = sleep(model, model.embed(part), state, 2)
+            state, *_ = sleep(model, model.embed(part), state, SleepConfig(2))
     assert [error(a.S, b.S) <= 1e-12 for a, b in zip(sleeper.state, state) if b.S is not None] == [True, True]
 
 
@@ -1045,7 +1103,7 @@ def test_sleep_stream_can_sleep_early():
 def test_sleep_memory_survives_a_file(eviction, tmp_path):
     """A saved memory lacks something, or is taken for that of another model."""
     model, keep = random_model(), kept_tokens(eviction, L)
-    sleeper = Sleeper(model, 2, L, (1, 3), keep, batch=2)
+    sleeper = Sleeper(model, SleepConfig(2, (1, 3), keep), L, batch=2)
     sleeper.feed(random_ids(2, 3 * L + 2))
     size = sleeper.state_bytes()
     sleeper.feed(random_ids(2, 5 * L))
@@ -1059,10 +1117,10 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
         Sleeper.load(tmp_path / "memory.pt", random_model())
     (tmp_path / "half.pt").write_bytes((tmp_path / "memory.pt").read_bytes()[:-200])
     torch.save({"format": 1}, tmp_path / "other.pt")
-    for part in ("settings", "state", "model"):
+    for part in ("config", "state", "model"):
         whole = torch.load(tmp_path / "memory.pt", weights_only=True)
         torch.save({key: a for key, a in whole.items() if key != part}, tmp_path / f"without {part}.pt")
-    for name in ("half.pt", "other.pt", "missing.pt", "without settings.pt", "without state.pt", "without model.pt"):
+    for name in ("half.pt", "other.pt", "missing.pt", "without config.pt", "without state.pt", "without model.pt"):
         with pytest.raises(ValueError) as caught:
             Sleeper.load(tmp_path / name, model)
         assert_one_line(str(caught.value), name)
@@ -1071,7 +1129,7 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
 def test_sleep_stream_refuses_bad_input_and_goes_on():
     """A wrong token or a question that does not fit ends the stream or changes the memory."""
     model = random_model(n_pos=L)
-    sleeper, before = (Sleeper(model, 2, L, batch=2) for _ in range(2))
+    sleeper, before = (Sleeper(model, SleepConfig(2), L, batch=2) for _ in range(2))
     start = random_ids(2, L + 2)
     sleeper.feed(start)
     before.feed(start)
@@ -1088,9 +1146,12 @@ def test_sleep_stream_refuses_bad_input_and_goes_on():
         with pytest.raises(ValueError):
             sleeper.ask(tokens, max_new)
     assert same_memory(sleeper, before) and sleeper.ask(random_ids(2, L - 3), 2).shape == (2, 2)
-    for wrong in ({"L": L + 1}, {"N": 0}, {"batch": 0}, {"L": 0}):
+    for wrong in ({"L": L + 1}, {"batch": 0}, {"L": 0}):
         with pytest.raises(ValueError):
-            Sleeper(**{"model": model, "N": 1, "L": L} | wrong)
+            Sleeper(model, SleepConfig(1), **{"L": L} | wrong)
+    for wrong in ({"N": 0}, {"tol": -0.1}, {"tol": float("nan")}, {"tol": 0.1, "loop": (1, 3)}):
+        with pytest.raises(ValueError):
+            SleepConfig(**wrong)
 
 
 def test_sleep_split_chunks():
@@ -1123,7 +1184,7 @@ def test_sleep_split_chunks():
 )
 def test_sleep_passes(pattern, N, loop, want):
     """A pass runs the wrong blocks: prelude or coda repeated, or dead blocks at the end computed."""
-    assert passes(pattern, N, loop) == want
+    assert passes(pattern, SleepConfig(N, loop)) == want
 
 
 def test_sleep_computes_nothing_after_the_last_write():
@@ -1131,7 +1192,7 @@ def test_sleep_computes_nothing_after_the_last_write():
     model, calls = random_model("ADA"), []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    sleep(model, model.embed(random_ids(2, L)), model.initial_state(), 2)
+    sleep(model, model.embed(random_ids(2, L)), model.initial_state(), SleepConfig(2))
     assert [calls.count(f"layers.{i}") for i in range(3)] == [2, 2, 1]
     assert [calls.count(f"layers.{i}.mlp") for i in range(3)] == [2, 1, 1]
     assert [calls.count(f"layers.1.mixer.{part}") for part in ("k_proj", "q_proj", "out_proj")] == [2, 1, 1]
@@ -1144,9 +1205,9 @@ def test_sleep_computes_nothing_after_the_last_write():
 def test_sleep_passes_refuses(pattern, N, loop):
     """A model that cannot sleep is trained all the same; also through Algorithm1."""
     with pytest.raises(ValueError):
-        passes(pattern, N, loop)
+        passes(pattern, SleepConfig(N, loop))
     with pytest.raises(ValueError):
-        Algorithm1(random_model(pattern), N, loop)
+        Algorithm1(random_model(pattern), SleepConfig(N, loop))
 
 
 # -----------------------------------------------------------------------------
@@ -1773,7 +1834,7 @@ def test_eval_leaves_training_untouched(flags):
                 before = torch.get_rng_state(), np.random.get_state()[1].tolist(), model.training
                 weights = {name: p.clone() for name, p in model.state_dict().items()}
                 split = data.SPLITS[step]
-                rows = evaluation.evaluate(Algorithm1(model, config.N), trainer.task, split, config.L, 12, 0, 5)["rows"]
+                rows = evaluation.evaluate(Algorithm1(model, SleepConfig(config.N)), trainer.task, split, config.L, 12, 0, 5)["rows"]
                 assert rows
                 assert torch.equal(before[0], torch.get_rng_state()) and before[2] == model.training
                 assert before[1] == np.random.get_state()[1].tolist()
@@ -1782,7 +1843,7 @@ def test_eval_leaves_training_untouched(flags):
     a, b = (trainer.model.state_dict() for trainer in trainers)
     assert all(torch.equal(a[name], b[name]) for name in a)
     trainers[0].model.eval()
-    evaluation.evaluate(Algorithm1(trainers[0].model, 1), trainers[0].task, "val", config.L, 4, 0, 4)
+    evaluation.evaluate(Algorithm1(trainers[0].model, SleepConfig(1)), trainers[0].task, "val", config.L, 4, 0, 4)
     assert not trainers[0].model.training
 
 
@@ -1803,10 +1864,10 @@ def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
     """What is scored is not what the model says: batches cut or shifted, predictions in the wrong columns."""
     model, task, config, step = evaluation.load_run(str(finished["depo"]), "cpu")
     assert step == 2
-    x, y, m, pred, ce = evaluation.predict(Algorithm1(model, 2), task, "test", config["L"], 20, 3, 8)
+    x, y, m, pred, ce = evaluation.predict(Algorithm1(model, SleepConfig(2)), task, "test", config["L"], 20, 3, 8)
     assert x.shape == pred.shape == (20, task.T)
     assert torch.equal(x[8:16], task.batch(3, "test", 1, 8)[0])
-    logits = Algorithm1(model, 2).logits(x, split_chunks(m, config["L"]))[0]
+    logits = Algorithm1(model, SleepConfig(2)).logits(x, split_chunks(m, config["L"]))[0]
     asked = m[:, task.context :]
     assert torch.equal(pred[:, task.context :], logits.argmax(-1)) and (pred[:, : task.context] == -1).all()
     want = torch.nn.functional.cross_entropy(logits[asked], y[:, task.context :][asked], reduction="none")

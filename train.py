@@ -51,11 +51,12 @@ from eval import (
     pick_device,
     read_checkpoint,
     read_log,
+    sleep_config,
     write_json,
 )
 from kernels import pick_impl, why_not_triton
 from model import Model
-from sleep import EVICTIONS, kept_tokens, passes, scored_part, split_chunks
+from sleep import EVICTIONS, passes, scored_part, split_chunks
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -104,6 +105,9 @@ class Config:
     positions: bool = flag(False, "learn positions inside a window, besides the rotary ones")
     loop: str = flag(None, "blocks that are looped while asleep, first:last+1 (default all)")
     evict: str = flag("hard", "hard: only S survives a window; sliding: and the cache of L-1 tokens; all: all of it")
+    sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
+    random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
+    answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     start_from: str = flag(None, "begin with the weights of this run (its directory or checkpoint)")
     learn: str = flag(
         "all", "delta: only the delta layers learn, as in the paper's warm-up before sliding windows; all"
@@ -143,6 +147,7 @@ CHOICES = {
     "difficulty": ("medium", "hard", "both"),
     "question": ("first", "last"),
     "evict": EVICTIONS,
+    "sleep_attention": ("causal", "full"),
     "learn": ("all", "delta"),
     "device": ("auto", "cpu", "cuda", "mps"),
 }
@@ -214,11 +219,11 @@ def check(config, given):
         wrong = [s for s in sizes if s in given and task != config.task and s != "L"]  # every task has windows
         if wrong:
             raise ValueError(f"--{wrong[0].replace('_', '-')} is not a size of the task {config.task}")
-    counts = "N L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
+    counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    if config.N > 1000 or not 0 <= config.seed < 2**63:
+    if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
         raise ValueError(f"--N {config.N} and --seed {config.seed}: use at most 1000 passes and a seed of 0 or more")
     for name in "muon_lr adam_lr clip minutes".split():
         value = getattr(config, name)
@@ -279,6 +284,13 @@ def difficulty(step, config, levels):
         return levels
     doublings = math.ceil(math.log2(levels))
     return min(levels, 2 ** int(min(doublings, doublings * step / (config.grow * config.steps))))
+
+
+def passes_of(step, config):
+    """N of a training step: with --random-N a number from 1..N that depends on seed and step alone."""
+    if not config.random_N:
+        return config.N
+    return int(np.random.default_rng([config.seed, step]).integers(1, config.N + 1))
 
 
 def start_worker():
@@ -380,6 +392,7 @@ class Trainer:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         algorithm = algorithm_of(self.model, dataclasses.asdict(config))
         algorithm.use_checkpoint = config.checkpoint
+        self.plain_algorithm = algorithm
         self.algorithm = DistributedDataParallel(algorithm) if ranks > 1 else algorithm
         if config.compile:
             self.model.compile_blocks()
@@ -409,13 +422,15 @@ class Trainer:
 
     def replayed_gradients(self, micro, count):
         """gradients(), captured as a CUDA graph once for each sequence of shapes and chunks, then replayed."""
-        key = tuple((x.shape, tuple(chunks)) for x, _, _, chunks in micro)
+        key = self.plain_algorithm.config.N, *((x.shape, tuple(chunks)) for x, _, _, chunks in micro)
         if key not in self.graphs:
             self.graphs[key] = CudaGraph(self, micro, count)
         return self.graphs[key].replay(micro, count)
 
     def train_step(self, micro, count):
         """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm): no host sync here."""
+        plain = self.plain_algorithm
+        plain.config = dataclasses.replace(plain.config, N=passes_of(self.step, self.config))
         gradients = self.gradients if self.graphs is None else self.replayed_gradients
         out = gradients(micro, count)
         for optimizer, lr in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr)):
@@ -613,7 +628,7 @@ def device_name(config):
     return f"{config.device} ({platform.machine()}, {config.threads} of {os.cpu_count()} cores)"
 
 
-def block_flops(model, kind, T, write_only=False):
+def block_flops(model, kind, T, write_only=False, causal=True):
     """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
 
     Attention: the causal half of Q K' and of P V. Delta rule: 2 K V per token and head to predict, to write, to read.
@@ -623,29 +638,30 @@ def block_flops(model, kind, T, write_only=False):
         return T * (2 * (2 * d * d + 2 * d * model.n_head) + 4 * d * head_dim)
     mlp = 3 * d * model.d_mlp
     if kind == "A":
-        return T * (2 * (2 * d * d + 2 * d * head_dim * model.n_kv_head + mlp) + 2 * T * d)
+        return T * (2 * (2 * d * d + 2 * d * head_dim * model.n_kv_head + mlp) + (2 if causal else 4) * T * d)
     return T * (2 * (5 * d * d + 2 * d * model.n_head + mlp) + 6 * d * head_dim)
 
 
 def flops_per_step(config):
     """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count, nor
-    does attention to a cache that an eviction kept.
+    does attention to a cache that an eviction kept. With --random-N the mean over its N.
     """
-    keep = kept_tokens(config.evict, config.L)
-    task = build_task(dataclasses.asdict(config))
-    model = model_config(dataclasses.asdict(config), task)
-    total = 0
+    flags = dataclasses.asdict(config)
+    task = build_task(flags)
+    model, rules = model_config(flags, task), sleep_config(flags)
+    total, every_N = 0, range(1, config.N + 1) if config.random_N else [config.N]
     for start, stop, predicts in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
         T = stop - start
         if predicts:
-            total += (
-                sum(block_flops(model, kind, T) for kind in model.pattern) + 2 * T * model.d_model * model.vocab_size
-            )
+            total += config.answer_passes * sum(block_flops(model, kind, T) for kind in model.pattern)
+            total += 2 * T * model.d_model * model.vocab_size
             continue
-        order = sum(passes(model.pattern, config.N, parse_loop(config.loop), keep), [])
-        total += sum(block_flops(model, model.pattern[i], T) for i in order[:-1])
-        total += block_flops(model, model.pattern[order[-1]], T, write_only=not keep)
-    return 3 * total * config.batch
+        for N in every_N:
+            *order, last = sum(passes(model.pattern, dataclasses.replace(rules, N=N)), [])
+            cost = sum(block_flops(model, model.pattern[i], T, causal=rules.causal) for i in order)
+            cost += block_flops(model, model.pattern[last], T, not rules.keep, rules.causal)
+            total += cost / len(every_N)
+    return 3 * round(total) * config.batch
 
 
 def provenance(trainer):
