@@ -72,9 +72,8 @@ def model_config(config, task):
 
 
 # flags that older checkpoints do not know, with the values that describe what those runs did
-LATER_FLAGS = dict(
-    evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", start_from=None, grow=0.0, mode="both", difficulty="both", question="first", worked=False
-)
+LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", grow=0.0)
+LATER_FLAGS |= dict(start_from=None, mode="both", difficulty="both", question="first", worked=False)
 
 
 def read_checkpoint(path, device):

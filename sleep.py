@@ -181,8 +181,8 @@ def until_settled(nights, state, tol):
 def relative_change(old, new):
     """How much a pass changed the fast weights: |S_new - S_old| / |S_new| over all delta layers, per row, (B,)."""
     both = [(0 if a.S is None else a.S, b.S) for a, b in zip(old, new) if b.S is not None]
-    moved, size = (sum(x.square().sum((1, 2, 3)) for x in xs) for xs in ([b - a for a, b in both], [b for _, b in both]))
-    return (moved / size.clamp_min(1e-30)).sqrt()
+    moved = sum((b - a).square().sum((1, 2, 3)) for a, b in both)  # (B,)
+    return (moved / sum(b.square().sum((1, 2, 3)) for _, b in both).clamp_min(1e-30)).sqrt()
 
 
 def merge_rows(take, a, b):

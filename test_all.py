@@ -835,7 +835,7 @@ def test_sleep_answer_passes_loop_over_answers_only(N):
 @pytest.mark.parametrize("eviction", ("hard", "sliding", "all"))
 @pytest.mark.parametrize("pattern", ("DADA", "AD"))
 def test_sleep_until_settled_is_each_row_at_its_own_N(eviction, pattern):
-    """Adaptive N: a row that has settled is changed by passes the others still need, or the count of passes is wrong."""
+    """Adaptive N: a row that has settled is changed by passes that others still need, or they are miscounted."""
     model, keep, N_max = random_model(pattern), kept_tokens(eviction, L), 7
     h, state = model.embed(random_ids(6, L)), model.initial_state()
     state = sleep(model, model.embed(random_ids(6, L)), state, SleepConfig(1, keep=keep))[0]
@@ -879,7 +879,8 @@ def test_sleep_leaves_nothing_but_S(N):
     def answer(state):
         return model.head(model.blocks(model.embed(question), state)[0])
 
-    my_state, other_state = (sleep(model, model.embed(c), model.initial_state(), SleepConfig(N))[0] for c in (mine, other))
+    start, config = model.initial_state(), SleepConfig(N)
+    my_state, other_state = (sleep(model, model.embed(c), start, config)[0] for c in (mine, other))
     want = run_algorithm1(model, torch.cat((mine, question), 1), [False, True], N)
     transplanted = [theirs._replace(S=own.S) for theirs, own in zip(other_state, my_state)]
     assert error(answer(transplanted), want) <= 1e-12
@@ -1834,7 +1835,8 @@ def test_eval_leaves_training_untouched(flags):
                 before = torch.get_rng_state(), np.random.get_state()[1].tolist(), model.training
                 weights = {name: p.clone() for name, p in model.state_dict().items()}
                 split = data.SPLITS[step]
-                rows = evaluation.evaluate(Algorithm1(model, SleepConfig(config.N)), trainer.task, split, config.L, 12, 0, 5)["rows"]
+                algorithm = Algorithm1(model, SleepConfig(config.N))
+                rows = evaluation.evaluate(algorithm, trainer.task, split, config.L, 12, 0, 5)["rows"]
                 assert rows
                 assert torch.equal(before[0], torch.get_rng_state()) and before[2] == model.training
                 assert before[1] == np.random.get_state()[1].tolist()

@@ -47,7 +47,6 @@ from eval import (
     load_weights,
     markdown_table,
     model_config,
-    parse_loop,
     pick_device,
     read_checkpoint,
     read_log,
@@ -219,8 +218,8 @@ def check(config, given):
         wrong = [s for s in sizes if s in given and task != config.task and s != "L"]  # every task has windows
         if wrong:
             raise ValueError(f"--{wrong[0].replace('_', '-')} is not a size of the task {config.task}")
-    counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
-    for name in counts.split():
+    counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head"
+    for name in (*counts.split(), "d_model"):
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
