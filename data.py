@@ -7,7 +7,10 @@ a vocabulary size, a `context` length (what must be remembered), a sequence leng
     score(x, y, m, pred)                    what was answered right, one array per difficulty
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
-    decode(ids), problem_hashes(x)          text for people, and proof that the splits share no problem
+    decode(ids), encode(text)               text for people, and back
+    prompt, answer_tokens                   what asks for the answer after the context ("": a question does), its length
+    hidden(x)                               what a memory of the context could hold, for a probe of it
+    problem_hashes(x)                       proof that the splits share no problem
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
 
 To see three examples that can be checked by hand:
@@ -88,6 +91,14 @@ def as_arrays(*tensors):
     return tuple(t.cpu().numpy() for t in tensors)
 
 
+def look_up(words, ids, task):
+    """Words -> token ids, a list of int. ids: word -> id. Raises ValueError that names the words it has not."""
+    unknown = list(dict.fromkeys(word for word in words if word not in ids))
+    if unknown:
+        raise ValueError(f"not in the vocabulary of the task {task}: {', '.join(unknown)}; use its own words")
+    return [ids[word] for word in words]
+
+
 def bracket(task, x, y, m):
     """The tokens after the context of one example, x, y, m (T,), as words; the scored ones stand in [brackets]."""
     words = [task.decode(x[task.context : task.context + 1])]  # never scored: it is given
@@ -143,6 +154,7 @@ class Rule110:
         self.levels = max(1, t)  # a level is a number of steps
         self.context = strings * width
         self.T = self.context + strings
+        self.prompt, self.answer_tokens = "Q", strings
 
     def _hash(self, state):
         # the width goes in too: 011 and 0110 pack into the same integer
@@ -174,6 +186,19 @@ class Rule110:
     def decode(self, ids):
         """Token ids (any 1-d sequence) -> str, one character per token."""
         return "".join("01Q"[int(i)] for i in ids)
+
+    def encode(self, text):
+        """The inverse of decode, a list of int; spaces do not count. Raises ValueError that names what is no token."""
+        return look_up("".join(text.upper().split()), {"0": 0, "1": 1, "Q": 2}, self.name)
+
+    def hidden(self, x):
+        """The last string's bits after 0 to t steps: "step j" -> int64 (B, width). x: (B, T) int64."""
+        state = pack_bits(x[:, self.context - self.width : self.context].cpu().numpy())
+        bits = {}
+        for step in range(self.t + 1):
+            bits[f"step {step}"] = unpack_bits(state, self.width)
+            state = rule110_step(state, self.width)
+        return bits
 
     def score(self, x, y, m, pred):
         """All four (B, T) -> dict of bool arrays: "exact" (B,), every string right; "bit" (B * strings,)."""
@@ -304,6 +329,7 @@ class Depo:
         self.answer = self.query + hops + 1
         self.pad = self.answer + 1
         self.vocab_size = self.pad + 1
+        self.prompt, self.answer_tokens = "", 1 + name_tokens
         self.context = 2 * name_tokens * nodes
         self.T = self.context + queries * (2 + 2 * name_tokens)
         # name id -> its tokens, -1 where there is none; the id after the last one is "no node here"
@@ -381,9 +407,28 @@ class Depo:
 
     def decode(self, ids):
         """Token ids (any 1-d sequence) -> str; the name "ka-mi" is the tokens "ka-" (goes on) and "mi" (ends it)."""
-        words = [s + "-" for s in SYLLABLES] + SYLLABLES
-        words += [f"<query_{k}>" for k in range(1, self.hops + 1)] + ["<answer>", "<pad>"]
+        words = self._words()
         return " ".join(words[int(i)] for i in ids).replace("- ", "-")
+
+    def _words(self):
+        words = [s + "-" for s in SYLLABLES] + SYLLABLES
+        return words + [f"<query_{k}>" for k in range(1, self.hops + 1)] + ["<answer>", "<pad>"]
+
+    def encode(self, text):
+        """The inverse of decode, a list of int. Raises ValueError that names the words it has not."""
+        ids = {word: i for i, word in enumerate(self._words())}
+        return look_up(text.lower().replace("-", "- ").split(), ids, self.name)
+
+    def hidden(self, x):
+        """Each name's k-th successor: "hops k" -> name ids, int64 (B, names), -1 for names not on the cycle."""
+        row, name = read_names(x[:, : self.context].cpu().numpy())
+        after = np.full((len(x), self.none + 1), self.none)
+        after[row[::2], name[::2]] = name[1::2]  # names alternate: source, destination
+        reached, found = after, {}
+        for k in range(1, self.hops + 1):
+            found[f"hops {k}"] = np.where(reached == self.none, -1, reached)[:, :-1]
+            reached = take(after, reached)
+        return found
 
     def _by_hops(self, x, values):
         """Sort one value per query by its hop count. x: (B, T), values: (Q,) in reading order -> dict of arrays."""
@@ -1094,6 +1139,7 @@ class GSMInfinite:
         self.levels = op  # a level is the largest op
         self.context = (min_length - 1) // L * L  # slept over in every row
         self.T = max_length + self.tail - 1
+        self.prompt, self.answer_tokens = "solution:" if worked else "answer:", self.tail
         self.chunks = self._lengths_by_chunk()
 
     def _check(self):
@@ -1227,11 +1273,7 @@ class GSMInfinite:
 
     def encode(self, text):
         """Text of this grammar -> its token ids, a list of int. Raises ValueError that names the words it has not."""
-        words = re.findall(r"<\w+>|[a-z]+:|[a-z]+|\d|\S", text.lower())
-        unknown = list(dict.fromkeys(word for word in words if word not in ID))
-        if unknown:
-            raise ValueError(f"not in the vocabulary of the task gsm: {', '.join(unknown)}; use its own words")
-        return [ID[word] for word in words]
+        return look_up(re.findall(r"<\w+>|[a-z]+:|[a-z]+|\d|\S", text.lower()), ID, self.name)
 
     def _by_op(self, x, values):
         """Sort one value per row by op. x: (B, T) tensor, values: (B,) -> dict of arrays."""

@@ -14,6 +14,8 @@ Based on section 4 of "Do Language Models Need Sleep?" (arXiv:2605.26099).
 Read next: train.py
 """
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import platform
 import re
 import statistics
 import sys
+import time
 from dataclasses import fields
 
 import numpy as np
@@ -28,9 +31,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser
+from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit
 from model import Model, ModelConfig
-from sleep import Algorithm1, SleepConfig, kept_tokens, read_plain, scored_part, split_chunks
+from sleep import (
+    Algorithm1,
+    SleepConfig,
+    Sleeper,
+    answer,
+    kept_tokens,
+    read_plain,
+    relative_change,
+    scored_part,
+    sleep,
+    sleep_passes,
+    split_chunks,
+    state_tensors,
+    window_of,
+)
 
 # -----------------------------------------------------------------------------
 # from a run directory to a model
@@ -171,8 +188,9 @@ def predict(algorithm, task, split, L, n, seed, batch):
     Put n problems of a split to a model, on the device it is on, as an Algorithm1 with windows of L tokens.
 
     Returns CPU tensors x, y, m, pred, ce, each (n, T): inputs, targets, which are scored, the likeliest next token
-    (-1 where the model slept) and the cross-entropy in nats, float32 (0 where it is not scored). The model is run
-    eagerly and left in the mode it was in; no random number of torch is drawn. Raises ValueError as split_chunks does.
+    (-1 where the model slept) and the cross-entropy in nats, float32 (0 where it is not scored); and the mean passes of
+    a problem's sleeps (n,). The model is run eagerly and left in the mode it was in; no random number of torch is
+    drawn. Raises ValueError as split_chunks does.
     """
     model = algorithm.model
     device, training = next(model.parameters()).device, model.training
@@ -193,31 +211,32 @@ def predict(algorithm, task, split, L, n, seed, batch):
 
 
 def answers(algorithm, x, y, m, chunks, device):
-    """One batch of `predict`: x, y, m (B, T) on the CPU -> pred, ce (B, T) on the CPU."""
-    logits = algorithm.logits(x.to(device), chunks)[0].float()  # (B, T_pred, vocab_size)
+    """One batch of `predict`: x, y, m (B, T) on the CPU -> pred, ce (B, T) and passes (B,) on the CPU."""
+    logits, stats = algorithm.logits(x.to(device), chunks)
+    logits = logits.float()  # (B, T_pred, vocab_size)
     target = scored_part(y.masked_fill(~m, -100), chunks).to(device)  # (B, T_pred)
     column = scored_part(torch.arange(x.shape[1])[None], chunks)[0]  # (T_pred,), where the prediction chunks lie
     pred, ce = torch.full_like(x, -1), torch.zeros(x.shape)
     pred[:, column] = logits.argmax(-1).cpu()
     ce[:, column] = F.cross_entropy(logits.mT, target, ignore_index=-100, reduction="none").cpu()
-    return pred, ce
+    return pred, ce, stats["passes"].cpu()
 
 
-def summarise(task, x, y, m, pred, ce):
+def summarise(task, x, y, m, pred, ce, passes):
     """
-    What `predict` returned -> {"rows", "loss", "examples"}, ready for JSON.
+    What `predict` returned -> {"rows", "loss", "examples", "passes"}, ready for JSON.
 
     rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), the accuracy of
     guessing uniformly and of the majority answer, and the losses of task.losses. A difficulty nobody asked for has no
     row.
-    loss: mean cross-entropy per scored token, in nats.
+    loss: mean cross-entropy per scored token, in nats. passes: per sleep, mean.
     """
     chance, losses, rows = task.chance(x, y, m), task.losses(x, y, m, ce), {}
     for key, right in task.score(x, y, m, pred).items():
         if n := len(right):
             p = float(right.mean())
             rows[key] = {"accuracy": p, "n": n, "stderr": math.sqrt(p * (1 - p) / n)} | chance[key] | losses[key]
-    return {"rows": rows, "loss": float(ce[m].mean()), "examples": len(x)}
+    return {"rows": rows, "loss": float(ce[m].mean()), "examples": len(x), "passes": float(passes.mean())}
 
 
 def evaluate(algorithm, task, split, L, n, seed, batch):
@@ -340,7 +359,7 @@ def columns_of(runs):
     settings, groups = {}, {}
     for run in runs:
         setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING}
-        setting |= {"step": run["step"], "evaluated N": run["evaluated_N"]}
+        setting |= {"step": run["step"], "evaluated N": run["evaluated_N"], "tol": run["tol"]}
         name = json.dumps(setting, sort_keys=True)
         settings[name] = setting
         for other in groups.setdefault(name, []):
@@ -350,12 +369,15 @@ def columns_of(runs):
     flags = dict.fromkeys(k for setting in settings.values() for k in setting)
     differ = [k for k in flags if len({str(setting.get(k)) for setting in settings.values()}) > 1]
     columns = {}
-    for name in sorted(groups, key=lambda name: settings[name]["N"]):
+    order = ("N", "evaluated N", "tol")
+    for name in sorted(groups, key=lambda name: [settings[name][k] for k in order[:2]] + [-settings[name]["tol"]]):
         setting = settings[name]
         header = f"N={setting['N']}"
-        if setting["evaluated N"] != setting["N"]:
+        if setting["tol"]:
+            header += f", at most {setting['evaluated N']}, tol {setting['tol']:g}"
+        elif setting["evaluated N"] != setting["N"]:
             header += f", evaluated at N={setting['evaluated N']}"
-        header += "".join(f", {k} {setting.get(k)}" for k in differ if k not in ("N", "evaluated N"))
+        header += "".join(f", {k} {setting.get(k)}" for k in differ if k not in order)
         columns[header] = groups[name]
     return columns
 
@@ -371,9 +393,10 @@ def report(columns, args):
     """The text that ends on the screen: heading, runs, accuracy, and the losses for Depo."""
     config = next(iter(columns.values()))[0]["config"]
     lines = [f"{describe(config)}: {args.n} {args.split} problems, seed {args.seed}\n"]
-    lines += ["| run | trained N | evaluated N | steps | seed | loss |", "|---|--:|--:|--:|--:|--:|"]
+    lines += ["| run | trained N | evaluated N | tol | passes | steps | seed | loss |", "|---|" + "--:|" * 7]
     for run in (run for runs in columns.values() for run in runs):
-        numbers = [run["config"]["N"], run["evaluated_N"], run["step"], run["config"]["seed"], f"{run['loss']:.3f}"]
+        numbers = [run["config"]["N"], run["evaluated_N"], f"{run['tol']:g}", f"{run['passes']:.2f}", run["step"]]
+        numbers += [run["config"]["seed"], f"{run['loss']:.3f}"]
         lines.append(f"| {run['path']} | " + " | ".join(str(number) for number in numbers) + " |")
     rows = {header: [run["rows"] for run in runs] for header, runs in columns.items()}
     lines += ["\nAccuracy in percent; ± and (seeds): mean and standard deviation over seeds; se: standard error.\n"]
@@ -454,7 +477,7 @@ def is_paper_size(config):
 def paper_points(run):
     """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting."""
     config = run["config"]
-    if not is_paper_size(config) or run["evaluated_N"] != config["N"]:
+    if not is_paper_size(config) or run["evaluated_N"] != config["N"] or run["tol"]:
         return None
     return PAPER[config["task"]].get((config["t"], config["N"]) if config["task"] == "rule110" else config["N"])
 
@@ -598,6 +621,377 @@ def plot(columns, path, problems):
 
 
 # -----------------------------------------------------------------------------
+# what sleeping and answering cost
+
+
+def milliseconds(call, device, repeats=20):
+    """Times of one call in ms, a list; one call before them does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return times[1:]
+
+
+@torch.no_grad()
+def answer_one(model, state, x, past, window):
+    """One more token greedily: x (B, T) ids, `past` tokens into their window, on top of a state."""
+    h, _ = model.blocks(model.embed(x, past), state, window=window)
+    return model.head(h[:, -1:]).argmax(-1)
+
+
+def time_sleeper(sleeper, device):
+    """One row of `measure_cost`: times in ms (lists) of sleeping and of answering, now; nothing of it stays.
+
+    sleep: over a full window, and over one token. first: the first token of an answer to a question of one token, with
+    an empty window and with a full one; next: the next one, which has the window in its cache.
+    """
+    model, keep, L = sleeper.model, sleeper.config.keep, sleeper.L
+    ids = torch.randint(model.config.vocab_size, (1, L), device=sleeper.window.device)
+    state, times = sleeper.state, {}
+    with torch.no_grad():
+        for name, x in {"sleep full": ids, "sleep one token": ids[:, :1]}.items():
+            h = model.embed(x)
+            times[name] = milliseconds(lambda h=h: sleep(model, h, state, sleeper.config), device)
+        for name, x in {"empty": ids[:, :1], "full": ids}.items():
+            times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, keep), device)
+        for name, past in {"empty": 1, "full": L - 1}.items():
+            _, read = model.blocks(model.embed(ids[:, :past]), state, window=window_of(keep))
+            one = functools.partial(answer_one, model, read, ids[:, :1], past, window_of(keep))
+            times[f"next, {name}"] = milliseconds(one, device)
+    return times
+
+
+def cache_bytes(model, tokens):
+    """What the attention layers' keys and values of a text would take if none were evicted."""
+    c = model.config
+    return c.pattern.count("A") * 2 * tokens * c.n_kv_head * (c.d_model // c.n_head) * model.embedding.weight.itemsize
+
+
+def measure_cost(model, config, Ns, tokens, device):
+    """Stream random ids, B=1, and time sleeping and answering on the way: a list of rows.
+
+    Every N reads the same stream, up to `tokens` tokens; measured at 1,000, 10,000, ... of them and at the end. config:
+    the run's flags, a dict.
+    """
+    rows, L = [], config["L"]
+    ends = sorted({n for n in (10**k for k in range(3, 12)) if n < tokens} | {tokens})
+    with tqdm(total=tokens * len(Ns), unit="token", disable=None) as bar:
+        for N in Ns:
+            rng = torch.Generator().manual_seed(0)
+            sleeper, seen = Sleeper(model, sleep_config(config | {"N": N}), L), 0
+            for end in ends:
+                while seen < end:
+                    ids = torch.randint(model.config.vocab_size, (1, min(end - seen, 64 * L)), generator=rng)
+                    sleeper.feed(ids)
+                    seen += ids.shape[1]
+                    bar.update(ids.shape[1])
+                times = time_sleeper(sleeper, device)
+                times = {name: list(np.percentile(ms, (25, 50, 75))) for name, ms in times.items()}
+                size = {"state_bytes": sum(a.numel() * a.element_size() for a in state_tensors(sleeper.state))}
+                rows.append({"N": N, "tokens": end, "ms": times, "cache_bytes": cache_bytes(model, end)} | size)
+    return rows
+
+
+def slopes(rows, name):
+    """How a time depends on N and on the length of the past: name -> (ms, standard error), by least squares.
+
+    "per pass": for one more pass; "per tenfold past": for a stream ten times as long. rows: from measure_cost.
+    """
+    y = np.array([row["ms"][name][1] for row in rows])
+    X = np.array([[1.0, row["N"], math.log10(row["tokens"])] for row in rows])
+    spread = [len(set(X[:, i])) > 1 for i in (1, 2)]
+    if len(y) < 4 or not all(spread):
+        return {}
+    fit, *_ = np.linalg.lstsq(X, y, rcond=None)
+    variance = ((y - X @ fit) ** 2).sum() / (len(y) - 3) * np.diag(np.linalg.inv(X.T @ X))
+    places = {"per pass": 1, "per tenfold past": 2}
+    return {key: (float(fit[i]), float(variance[i] ** 0.5)) for key, i in places.items()}
+
+
+def cost_table(rows):
+    """The rows of measure_cost and their slopes, as Markdown."""
+    names = list(rows[0]["ms"])
+    header = ["N", "tokens seen", *names, "memory", "cache if kept"]
+    lines = [f"| {' | '.join(header)} |", "|" + "--:|" * len(header)]
+    for row in rows:
+        times = (f"{mid:.2f} ({low:.2f}-{high:.2f})" for low, mid, high in (row["ms"][name] for name in names))
+        sizes = (f"{row[key] / 1024:,.0f} KiB" for key in ("state_bytes", "cache_bytes"))
+        lines.append(f"| {row['N']} | {row['tokens']:,} | " + " | ".join((*times, *sizes)) + " |")
+    for what in ("per pass", "per tenfold past"):
+        found = [slopes(rows, name) for name in names]
+        if all(found):
+            text = " | ".join("{:+.3f} ± {:.3f}".format(*each[what]) for each in found)
+            lines.append(f"| {what} | | {text} | | |")
+    return "\n".join(lines)
+
+
+def report_cost(args, loaded):
+    """`--cost`: print and write what one run costs. Raises ValueError for several runs."""
+    if len(args.runs) > 1:
+        raise ValueError("--cost times one run: give one")
+    model, _, config, _ = loaded[0]
+    Ns = args.N or sorted({1, 2, 4, config["N"]})
+    torch.set_num_threads(config["threads"])
+    rows = measure_cost(model, config, Ns, args.tokens, args.device)
+    print(f"{args.runs[0]}: milliseconds for a batch of one, median (quartiles); a window is {config['L']} tokens\n")
+    print(cost_table(rows))
+    if args.json:
+        found = {name: slopes(rows, name) for name in rows[0]["ms"]}
+        about = {"run": args.runs[0], "config": config, "commit": git_commit()} | where(args)
+        write_json(args.json, about | {"rows": rows, "slopes": found})
+
+
+# -----------------------------------------------------------------------------
+# a look into the memory
+
+
+@torch.no_grad()
+def memories(model, task, config, split, seed, n):
+    """What the memory of n problems holds, pass by pass over the last window of their context.
+
+    config: the run's flags, a dict. Returns x (n, T); the fast weights after passes 0..N, a list of (n, numbers), on
+    the CPU; and how much each pass changed each delta layer's, relative, (N, delta layers), averaged over problems.
+    """
+    rules, L, device = sleep_config(config), config["L"], model.embedding.weight.device
+    deltas = [i for i, kind in enumerate(model.config.pattern) if kind == "D"]
+    xs, memory, changes = [], [[] for _ in range(rules.N + 1)], []
+    for s in tqdm(range(math.ceil(n / BATCH)), "memories", leave=False, disable=None):
+        x = task.batch(seed, split, s, BATCH)[0][: n - s * BATCH]
+        windows = x[:, : task.context].to(device).split(L, 1)
+        state = model.initial_state()
+        for window in windows[:-1]:
+            state = sleep(model, model.embed(window), state, rules)[0]
+        states = [state] + [new for _, new in sleep_passes(model, model.embed(windows[-1]), state, rules)]
+        for a, b in zip(states, states[1:]):
+            changes.append(torch.stack([relative_change([a[i]], [b[i]]).sum() / n for i in deltas]))
+        for part, after in zip(memory, states):
+            # before the first sleep S is zero
+            S = [(states[-1][i].S * 0 if after[i].S is None else after[i].S).flatten(1) for i in deltas]
+            part.append(torch.cat(S, 1).cpu())
+        xs.append(x)
+    changes = torch.stack(changes).unflatten(0, (-1, rules.N)).sum(0)  # (N, delta layers)
+    return torch.cat(xs), [torch.cat(part) for part in memory], changes.tolist()
+
+
+def ridge(X, Y):
+    """Least squares with a small penalty: X (n, D), Y (n, C) -> weights (D, C), float32."""
+    penalty = 1e-3 * X.square().sum() / min(X.shape)
+    if len(X) < X.shape[1]:
+        return X.T @ torch.linalg.solve(X @ X.T + penalty * torch.eye(len(X)), Y)
+    return torch.linalg.solve(X.T @ X + penalty * torch.eye(X.shape[1]), X.T @ Y)
+
+
+def linear_probe(X, targets, X_test, targets_test):
+    """Predict what a memory holds by a linear map of its numbers: name -> (accuracy on X_test, of the commonest class).
+
+    X (n, D), targets: name -> (n, items) classes, -1 where a problem does not have the item: each item has a map of its
+    own, fitted to the problems that have it. The test problems are others.
+    """
+    first = next(iter(targets))
+    has, has_test = torch.from_numpy(targets[first] >= 0), torch.from_numpy(targets_test[first] >= 0)
+    classes = 1 + max(int(a.max()) for a in targets.values())
+    shift, scale = X.mean(0), X.std() + 1e-30
+    X, X_test = ((torch.cat(((a - shift) / scale, torch.ones(len(a), 1)), 1)) for a in (X, X_test))
+    items = torch.arange(has.shape[1])
+    right, common = {name: [] for name in targets}, {name: [] for name in targets}
+    for group in [items] if has.all() and has_test.all() else items[:, None]:
+        rows, rows_test = has[:, group[0]], has_test[:, group[0]]
+        Y = torch.cat([torch.from_numpy(targets[name])[rows][:, group] for name in targets], 1)  # (n', names * items')
+        W = ridge(X[rows], F.one_hot(Y, classes).flatten(1).float())
+        said = (X_test[rows_test] @ W).unflatten(1, (-1, classes)).argmax(-1).split(len(group), 1)
+        for name, guess, seen in zip(targets, said, Y.split(len(group), 1)):
+            truth = torch.from_numpy(targets_test[name])[rows_test][:, group]
+            right[name].append((guess == truth).flatten())
+            common[name].append((seen.mode(0).values == truth).flatten())
+    return {name: tuple(float(torch.cat(a[name]).float().mean()) for a in (right, common)) for name in targets}
+
+
+PROBE_FIT = 16_384  # problems of the training split that a probe is fitted to
+
+
+def probe(path, loaded, args):
+    """One run, looked into: a dict for JSON.
+
+    "held": what a linear probe finds in the memory after passes 0..N, "floor": what the commonest class would score,
+    "woken": the accuracy of the answers if the model is woken after pass 1..N, "change": of S by each pass and layer.
+    """
+    model, task, config, _ = loaded
+    config = config | {"N": max(args.N or [config["N"]])}
+    x, memory, _ = memories(model, task, config, "train", args.seed, PROBE_FIT)
+    x_test, memory_test, change = memories(model, task, config, args.split, args.seed, args.n)
+    targets, targets_test = task.hidden(x), task.hidden(x_test)
+    pairs = zip(tqdm(memory, "probes", disable=None), memory_test)
+    each = [linear_probe(a, targets, b, targets_test) for a, b in pairs]
+    woken = []
+    for n in range(1, config["N"] + 1):
+        algorithm = algorithm_of(model, config | {"N": n})
+        woken.append(evaluate(algorithm, task, args.split, config["L"], args.n, args.seed, BATCH)["rows"])
+    result = {"path": path, "config": config, "change": change}
+    result["held"] = {name: [found[name][0] for found in each] for name in targets}
+    result["floor"] = {name: each[0][name][1] for name in targets}
+    return result | {"woken": {key: [rows[key]["accuracy"] for rows in woken] for key in headline_keys(woken[0])}}
+
+
+def probe_panels(results):
+    """Means over runs as (title, row labels, column labels, rows, all from 0 to 100): held, woken, change of S."""
+    N, one = results[0]["config"]["N"], results[0]
+
+    def mean(part, key):
+        return list(100 * np.mean([run[part][key] for run in results], 0))
+
+    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"]) if kind == "D"]
+    change = 100 * np.mean([run["change"] for run in results], 0).T  # (delta layers, N)
+    passes = [str(n) for n in range(N + 1)]
+    return [
+        ("a linear probe of S finds (%)", list(one["held"]), passes, [mean("held", key) for key in one["held"]]),
+        ("answers right if woken (%)", list(one["woken"]), passes[1:], [mean("woken", key) for key in one["woken"]]),
+        ("change of S by this pass (%)", layers, passes[1:], [list(row) for row in change]),
+    ]
+
+
+def plot_probe(results, path):
+    """The panels as heat maps, a PNG."""
+    plt = import_pyplot()
+    panels = probe_panels(results)
+    widths = [len(columns) for _, _, columns, _ in panels]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=widths)
+    for ax, (title, rows, columns, values) in zip(axes, panels):
+        ax.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=100)
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set(title=title, xlabel="after pass")
+        ax.title.set_fontsize(10)
+    config = results[0]["config"]
+    figure.suptitle(f"{describe(config)}, trained and probed with N={config['N']}, {len(results)} seed(s)", fontsize=10)
+    figure.savefig(path + ".tmp", dpi=150, format="png")
+    plt.close(figure)
+    os.replace(path + ".tmp", path)
+
+
+def report_probe(args, loaded):
+    """`--probe`: print, write and draw what the runs' memories hold. Raises ValueError if they differ in N or task."""
+    task = loaded[0][1]
+    if task.name == "gsm" or (task.name == "depo" and task.name_tokens > 1):
+        raise ValueError(
+            "--probe has a probe per node name or bit: give runs of rule110, or of depo with one-token names"
+        )
+    if len({(config["N"], config["pattern"]) for _, _, config, _ in loaded}) > 1:
+        raise ValueError("--probe averages over seeds: give runs of one N and pattern")
+    results = [probe(*each, args) for each in zip(args.runs, loaded)]
+    for title, rows, columns, values in probe_panels(results):
+        print(f"\n| {title}, after pass | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))
+        for row, line in zip(rows, values):
+            print(f"| {row} | " + " | ".join(f"{value:.1f}" for value in line) + " |")
+    floors = ", ".join(f"{100 * floor:.1f} for {name}" for name, floor in results[0]["floor"].items())
+    print(f"\nThe commonest class would be right in (%): {floors}")
+    if args.json:
+        about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | problems(args) | where(args)
+        write_json(args.json, about | {"runs": results})
+    if args.plot:
+        plot_probe(results, args.plot)
+
+
+# -----------------------------------------------------------------------------
+# a conversation
+
+CHAT_HELP = """What you type is read; when {L} tokens are in the window the model sleeps over them.
+  ? TEXT      ask; the answer stays out of the memory
+  /sleep      sleep now, over what is in the window
+  /example    print a problem nobody has seen, to type or paste
+  /save FILE  write the memory      /load FILE  go on from one      /new  forget everything
+  /quit"""
+
+
+class Chat:
+    """A Sleeper in the terminal: every line of text is a command, a question or something to remember."""
+
+    def __init__(self, model, task, config):
+        self.model, self.task, self.config, self.examples = model, task, config, 0
+        self.renew()
+
+    def renew(self):
+        """An empty memory."""
+        self.sleeper = Sleeper(self.model, sleep_config(self.config), self.config["L"], on_pass=self.show)
+
+    def show(self, n, change):
+        """Called after every pass of a sleep."""
+        print(f"  sleeping, pass {n}/{self.sleeper.config.N}: S changed by {100 * change.item():.0f} %")
+
+    def ids(self, text):
+        """Text -> (1, T) ids."""
+        return torch.tensor([self.task.encode(text)], dtype=torch.int64)
+
+    def example(self):
+        """Print a test problem as it would be typed, and its first answer."""
+        x, y, m = (a[0] for a in self.task.batch(0, "test", self.examples, 1))
+        self.examples += 1
+        start = int(m.nonzero()[0])
+        question = start if self.task.prompt else self.task.context
+        print(f"  {self.task.decode(x[:question])}\n  ? {self.task.decode(x[question : start + 1])}")
+        first = m[start:].int().cumprod(0).bool()  # up to the first gap
+        print(f"  the right answer: {self.task.decode(y[start:][first])}")
+
+    def ask(self, text):
+        """Print the answer to a question; an empty one is the task's own prompt."""
+        answer = self.sleeper.ask(self.ids(text or self.task.prompt), self.task.answer_tokens)[0]
+        print(f"  {self.task.decode(answer).split(' <end>')[0]}")
+
+    def line(self, text):
+        """Do what one line says. Raises ValueError for what a user can mend; the memory is then as before."""
+        command, _, rest = text.partition(" ")
+        if command.startswith("?"):
+            self.ask(text[1:].strip())
+        elif command == "/sleep":
+            self.sleeper.sleep()
+        elif command == "/example":
+            self.example()
+        elif command == "/save" and rest:
+            self.sleeper.save(rest)
+        elif command == "/load" and rest:
+            self.sleeper = Sleeper.load(rest, self.model)
+            self.sleeper.on_pass = self.show
+        elif command == "/new":
+            self.renew()
+        elif command.startswith("/"):
+            print(CHAT_HELP.format(L=self.config["L"]))
+        elif text:
+            self.sleeper.feed(self.ids(text))
+        print(f"  [{self.sleeper.window.shape[1]} of {self.sleeper.L} tokens in the window]")
+
+
+def chat(args, loaded):
+    """`--chat`: talk to one run until the input ends or says /quit. Raises ValueError for several runs."""
+    if len(args.runs) > 1:
+        raise ValueError("--chat talks to one run: give one")
+    model, task, config, _ = loaded[0]
+    if config["answer_passes"] > 1:
+        raise ValueError("--chat answers in one pass, but this run was trained to loop over its answers")
+    settings = settings_of(config, args)
+    if len(settings) > 1:
+        raise ValueError("--chat sleeps in one way: give one --N, or one --tol")
+    talk = Chat(model, task, config | dict(zip(("N", "tol"), settings[0])))
+    print(CHAT_HELP.format(L=config["L"]))
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        try:
+            talk.line(text)
+        except (ValueError, OSError, RuntimeError) as error:  # torch reports an unwritable file as RuntimeError
+            print(f"  {error}")
+
+
+# -----------------------------------------------------------------------------
 # the command line
 
 
@@ -605,7 +999,14 @@ def parse_args():
     """The command line. Raises ValueError for numbers that make no sense and for files that cannot be written."""
     parser = Parser(description="Score trained runs on problems that training never saw.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py, or a checkpoint file")
-    parser.add_argument("--N", type=int, help="sleep passes (default: as each run was trained)")
+    doing = parser.add_mutually_exclusive_group()
+    doing.add_argument("--cost", action="store_true", help="time sleeping and answering on a stream instead")
+    doing.add_argument("--probe", action="store_true", help="look into the memory after every pass instead")
+    doing.add_argument("--chat", action="store_true", help="read from the terminal, sleep and answer instead")
+    parser.add_argument("--N", type=int, nargs="+", help="sleep passes (default: as each run was trained)")
+    parser.add_argument("--tol", type=float, nargs="+", default=[], help="adaptive N: at most N passes, until one "
+                        "changes the fast weights by no more than this fraction")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="--cost: length of the stream (default 1000000)")
     parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")
@@ -614,10 +1015,12 @@ def parse_args():
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the results here (needs matplotlib)")
     args = parser.parse_args()
-    for name, least in {"N": 1, "n": 1, "seed": 0, "mistakes": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    args.device = pick_device(args.device)
+    for name, least in {"n": 1, "seed": 0, "mistakes": 0, "tokens": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    for N, tol in itertools.product(args.N or [1], args.tol or [0.0]):
+        SleepConfig(N, tol=tol)
     for path in filter(None, (args.json, args.plot)):
         if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
             raise ValueError(f"cannot write {path}: give a file in a directory that exists")
@@ -626,48 +1029,66 @@ def parse_args():
     return args
 
 
-def describe_run(path, loaded, N):
+def describe_run(path, loaded, N, tol):
     """What is known of a run before it is scored, as in the JSON file, plus its "log". loaded: from load_run."""
     model, _, config, step = loaded
     saved, log = read_provenance(path), read_log(path)
     reached = [line for line in log if line["step"] <= step][-1:] or [{}]
-    run = {"path": path, "config": config, "step": step, "evaluated_N": N or config["N"], "n_params": model.n_params()}
-    run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions")}
+    run = {"path": path, "config": config, "step": step, "evaluated_N": N, "tol": tol, "n_params": model.n_params()}
+    run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "flops_per_step")}
     return run | {key: reached[0].get(key) for key in ("tokens", "seconds")} | {"log": log}
+
+
+def settings_of(config, args):
+    """The (N, tol) that a run (its flags, a dict) is asked to be scored with, a list."""
+    Ns = args.N or [config["N"]]
+    fixed = [(N, 0.0) for N in Ns] if args.N or not args.tol else []
+    return fixed + [(max(Ns), tol) for tol in args.tol]
 
 
 def score_run(run, loaded, args):
     """Evaluate a run, print its mistakes, and add its scores to its description."""
     model, task, config, _ = loaded
-    N = run["evaluated_N"]
-    asked = predict(algorithm_of(model, config | {"N": N}), task, args.split, config["L"], args.n, args.seed, BATCH)
+    algorithm = algorithm_of(model, config | {"N": run["evaluated_N"], "tol": run["tol"]})
+    asked = predict(algorithm, task, args.split, config["L"], args.n, args.seed, BATCH)
     if args.mistakes:
-        print(f"{run['path']}, N={N}: {mistakes(task, *asked[:4], args.mistakes)}\n")
+        print(f"{run['path']}, N={run['evaluated_N']}: {mistakes(task, *asked[:4], args.mistakes)}\n")
     run.update(summarise(task, *asked))
 
 
-def compare(args):
+def compare(args, loaded):
     """Score every run, print the tables, write the files. Raises ValueError or OSError for what a user can mend."""
-    device = pick_device(args.device)
-    loaded = [load_run(path, device) for path in args.runs]
-    check_same_task(args.runs, [config for _, _, config, _ in loaded])
-    runs = [describe_run(path, one, args.N) for path, one in zip(args.runs, loaded)]
+    both = [(path, one, N, tol) for path, one in zip(args.runs, loaded) for N, tol in settings_of(one[2], args)]
+    runs = [describe_run(*each) for each in both]
     columns = columns_of(runs)
-    for entry, one in zip(runs, loaded):
+    for entry, (_, one, _, _) in zip(runs, both):
         score_run(entry, one, args)
     print(report(columns, args))
     if args.json:
-        here = {"split": args.split, "n": args.n, "seed": args.seed, "evaluated_on": f"{platform.machine()} {device}"}
         entries = [{key: value for key, value in entry.items() if key != "log"} for entry in runs]
-        write_json(args.json, here | {"torch": torch.__version__, "runs": entries})
+        write_json(args.json, problems(args) | where(args) | {"runs": entries})
     if args.plot:
         plot(columns, args.plot, f"{args.n} {args.split} problems")
+
+
+def where(args):
+    """What a results file says about the machine."""
+    return {"evaluated_on": f"{platform.machine()} {args.device}", "torch": torch.__version__}
+
+
+def problems(args):
+    """What a results file says about the problems."""
+    return {"split": args.split, "n": args.n, "seed": args.seed}
 
 
 def main():
     """The command line: exit status 0 when done, 2 with one line on stderr for what the user can mend."""
     try:
-        compare(parse_args())
+        args = parse_args()
+        loaded = [load_run(path, args.device) for path in args.runs]
+        check_same_task(args.runs, [config for _, _, config, _ in loaded])
+        do = report_cost if args.cost else report_probe if args.probe else chat if args.chat else compare
+        do(args, loaded)
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

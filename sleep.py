@@ -144,12 +144,15 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
         yield fed_back, state
 
 
-def sleep(model, h, state, config, use_checkpoint=False):
+def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
     """Lines 6 and 7: sleep over one chunk, then evict. Arguments as in sleep_passes.
 
-    Returns the new state, the features that entered the last pass, and how many passes each row slept, (B,) int64.
+    on_pass: called after every pass with its number and relative_change. Returns the new state, the features that
+    entered the last pass, and how many passes each row slept, (B,) int64.
     """
     nights = sleep_passes(model, h, state, config, use_checkpoint)
+    if on_pass:
+        nights = watched(nights, state, on_pass)
     if config.tol:
         fed_back, state, slept = until_settled(nights, state, config.tol)
     else:
@@ -157,6 +160,14 @@ def sleep(model, h, state, config, use_checkpoint=False):
             pass
         slept = torch.full((len(h),), config.N, device=h.device)
     return evict(state, config.keep), fed_back, slept
+
+
+def watched(nights, state, on_pass):
+    """The same passes; after each, on_pass(its number, relative_change) is called. state: before the first."""
+    for n, (fed_back, new) in enumerate(nights, 1):
+        on_pass(n, relative_change(state, new))
+        state = new
+        yield fed_back, new
 
 
 def until_settled(nights, state, tol):
@@ -210,8 +221,8 @@ class Algorithm1(nn.Module):
     def logits(self, x, chunks):
         """x (B, T) ids, chunks from split_chunks -> logits of the prediction chunks only, (B, T_pred, vocab_size).
 
-        Also returns detached scalars: the RMS of the last features fed into a sleeping pass, and of the final S, and
-        the mean number of passes of a sleep.
+        Also returns, detached: the RMS of the last features fed into a sleeping pass, and of the final S, both scalars,
+        and the mean number of passes of each row's sleeps, (B,).
         """
         state = self.model.initial_state()  # line 1
         h, logits, slept = None, [], []
@@ -229,11 +240,11 @@ class Algorithm1(nn.Module):
         with torch.no_grad():
             S = torch.cat([layer.S.flatten() for layer in state if layer.S is not None])
             stats = {"h_rms": rms(e if h is None else h), "S_rms": rms(S)}
-            stats["passes"] = torch.stack(slept).float().mean() if slept else torch.zeros_like(stats["S_rms"])
+            stats["passes"] = torch.stack(slept or [x.new_zeros(len(x))]).float().mean(0)
         return torch.cat(logits, 1), stats
 
     def forward(self, x, y, m, chunks):
-        """x, y (B, T) ids and next ids, m (B, T) bool -> summed loss, predictions (B, T_pred), stats (see logits).
+        """x, y (B, T) ids and next ids, m (B, T) bool -> summed loss, predictions (B, T_pred), stats (scalars).
 
         The loss is the SUM of the cross-entropy over scored tokens (line 11): the caller divides by their global count,
         over micro-batches and ranks.
@@ -241,7 +252,7 @@ class Algorithm1(nn.Module):
         logits, stats = self.logits(x, chunks)
         target = scored_part(y.masked_fill(~m, -100), chunks)  # (B, T_pred)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
-        return loss, logits.detach().argmax(-1), stats
+        return loss, logits.detach().argmax(-1), stats | {"passes": stats["passes"].mean()}
 
 
 def rms(x):
@@ -287,16 +298,16 @@ class Sleeper:
 
     feed() stores ids and only a sleep changes S, always over the whole open window: so what is remembered does not
     depend on the pieces in which a stream arrives. config: a SleepConfig; L: the window in tokens; batch: rows that
-    advance together. A call that raises ValueError changes nothing.
+    advance together; on_pass as in sleep(). A call that raises ValueError changes nothing.
     """
 
-    def __init__(self, model, config, L, batch=1):
+    def __init__(self, model, config, L, batch=1, on_pass=None):
         passes(model.config.pattern, config)
         if batch < 1 or L < 1:
             raise ValueError(f"a batch of {batch} and a window of {L} tokens: use at least 1")
         if model.config.n_pos and L > model.config.n_pos:
             raise ValueError(f"a window of {L} tokens, but the model was trained for {model.config.n_pos}")
-        self.model, self.config, self.L = model, config, L
+        self.model, self.config, self.L, self.on_pass = model, config, L, on_pass
         self.state = model.initial_state()
         self.window = torch.empty(batch, 0, dtype=torch.int64, device=model.embedding.weight.device)
 
@@ -338,7 +349,8 @@ class Sleeper:
         """
         if not self.window.shape[1]:
             return torch.zeros(len(self.window), dtype=torch.int64, device=self.window.device)
-        self.state, _, slept = sleep(self.model, self.model.embed(self.window), self.state, self.config)
+        h = self.model.embed(self.window)
+        self.state, _, slept = sleep(self.model, h, self.state, self.config, on_pass=self.on_pass)
         self.window = self.window[:, :0]
         return slept
 

@@ -1100,6 +1100,25 @@ def test_sleep_stream_can_sleep_early():
     assert [error(a.S, b.S) <= 1e-12 for a, b in zip(sleeper.state, state) if b.S is not None] == [True, True]
 
 
+def test_sleep_stream_tells_every_pass():
+    """feed() miscounts its sleeps and their passes, or on_pass is told another change of S than there was."""
+    model, x, told = random_model(), random_ids(2, 3 * L), []
+    config = SleepConfig(3)
+    sleeper = Sleeper(model, config, L, batch=2, on_pass=lambda n, change: told.append((n, change)))
+    assert [slept.tolist() for slept in sleeper.feed(x[:, : 2 * L + 1])] == [[3, 3], [3, 3]]
+    assert [n for n, _ in told] == [1, 2, 3, 1, 2, 3]
+    fresh = sleep(model, model.embed(x[:, :L]), model.initial_state(), config)[0]
+    for n in (1, 2, 3):
+        before, after = (
+            fresh if n == 1 and k == 0 else sleep(model, model.embed(x[:, L : 2 * L]), fresh, SleepConfig(n - 1 + k))[0]
+            for k in (0, 1)
+        )
+        flat = [torch.cat([layer.S.flatten(1) for layer in s if layer.S is not None], 1) for s in (before, after)]
+        assert error(told[n + 2][1], (flat[1] - flat[0]).norm(dim=1) / flat[1].norm(dim=1)) <= 1e-9
+    settling = Sleeper(model, SleepConfig(9, tol=10.0), L, batch=2)
+    assert [slept.tolist() for slept in settling.feed(x)] == [[1, 1]] * 3
+
+
 @pytest.mark.parametrize("eviction", ("hard", "sliding"))
 def test_sleep_memory_survives_a_file(eviction, tmp_path):
     """A saved memory lacks something, or is taken for that of another model."""
@@ -1305,6 +1324,44 @@ def test_data_depo_by_walking_the_cycle_that_the_tokens_spell(sizes, split):
 
 TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Depo(8, 4, 8, 1, 8), Depo(9, 5, 5, 2, 3), Depo())
 TASKS += (GSMInfinite(3, 1, 101, 128, 100, 1), GSMInfinite(8, 2, 302, 380, 301, worked=True))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
+def test_data_encode_undoes_decode(task):
+    """Text typed in a terminal becomes other tokens than the task's, or an unknown word is guessed at."""
+    for row in task.batch(0, "test", 0, 8)[0]:
+        assert task.encode(task.decode(row)) == row.tolist()
+    assert len(task.encode(task.prompt)) <= 1 <= task.answer_tokens
+    with pytest.raises(ValueError, match="zebra|Z"):
+        task.encode("zebra")
+
+
+def test_data_hidden_facts_of_rule110_are_the_slow_automaton():
+    """A probe would look for other bits than the string's own future."""
+    task = Rule110(9, 5, 2)
+    x = task.batch(3, "test", 0, 20)[0]
+    hidden = task.hidden(x)
+    assert list(hidden) == [f"step {i}" for i in range(6)]
+    for row, cells in enumerate(x[:, 9:18].tolist()):
+        for step in range(6):
+            assert hidden[f"step {step}"][row].tolist() == cells
+            around = [(cells[i - 1], cells[i], cells[(i + 1) % 9]) for i in range(9)]
+            cells = [int(each in ((1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 1, 0), (0, 0, 1))) for each in around]
+
+
+def test_data_hidden_facts_of_depo_are_walks():
+    """A probe would look for other successors than the cycle's, or for nodes that are not on it."""
+    task = Depo(7, 4, 3, 2, 3)
+    x = task.batch(3, "train", 0, 20)[0]
+    hidden = task.hidden(x)
+    for row in range(20):
+        _, name = data.read_names(x[row : row + 1, : task.context].numpy())
+        after = dict(zip(name[::2].tolist(), name[1::2].tolist()))
+        for start in range(task.none):
+            here = start
+            for k in range(1, 5):
+                here = after.get(here, -1)
+                assert hidden[f"hops {k}"][row, start] == here
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.T}")
@@ -1853,20 +1910,26 @@ def test_eval_leaves_training_untouched(flags):
 def test_eval_perfect_predictions_score_1_beside_chance(task):
     """A right answer does not count, a wrong one does, or a floor is missing."""
     x, y, m = task.batch(0, "test", 0, 64)
-    ce = torch.rand(y.shape)
-    perfect, hopeless = (evaluation.summarise(task, x, y, m, p, ce)["rows"] for p in (y, (y + 1) % task.vocab_size))
+    ce, passes = torch.rand(y.shape), torch.full((64,), 2.5)
+    perfect, hopeless = (
+        evaluation.summarise(task, x, y, m, p, ce, passes)["rows"] for p in (y, (y + 1) % task.vocab_size)
+    )
     assert perfect
     for key, row in perfect.items():
         assert row["accuracy"] == 1 and row["stderr"] == 0 and hopeless[key]["accuracy"] == 0
         assert 0 < row["uniform"] < 1 and 0 < row["majority"] <= 1
-    assert evaluation.summarise(task, x, y, m, y, ce)["loss"] == pytest.approx(float(ce[m].mean()), rel=1e-5)
+    summary = evaluation.summarise(task, x, y, m, y, ce, passes)
+    assert summary["loss"] == pytest.approx(float(ce[m].mean()), rel=1e-5) and summary["passes"] == 2.5
 
 
 def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
     """What is scored is not what the model says: batches cut or shifted, predictions in the wrong columns."""
     model, task, config, step = evaluation.load_run(str(finished["depo"]), "cpu")
     assert step == 2
-    x, y, m, pred, ce = evaluation.predict(Algorithm1(model, SleepConfig(2)), task, "test", config["L"], 20, 3, 8)
+    x, y, m, pred, ce, passes = evaluation.predict(
+        Algorithm1(model, SleepConfig(2)), task, "test", config["L"], 20, 3, 8
+    )
+    assert passes.tolist() == [2.0] * 20
     assert x.shape == pred.shape == (20, task.T)
     assert torch.equal(x[8:16], task.batch(3, "test", 1, 8)[0])
     logits = Algorithm1(model, SleepConfig(2)).logits(x, split_chunks(m, config["L"]))[0]
@@ -1884,6 +1947,153 @@ def test_eval_command_reports_runs(finished, tmp_path, monkeypatch, capsys):
         assert f"| {key} |" in capsys.readouterr().out
         (run,) = json.loads(out.read_text())["runs"]
         assert run["evaluated_N"] == 1 and {"accuracy", "n", "stderr", "uniform", "majority"} <= run["rows"][key].keys()
+
+
+def test_eval_command_compares_passes_and_tolerances(finished, tmp_path, monkeypatch, capsys):
+    """Adaptive N is not between one pass and N: another N is scored than asked for, or the passes are not reported."""
+    out = tmp_path / "adaptive.json"
+    argv = [finished["rule110"], "--n", 16, "--N", 1, 3, "--tol", 100, 1e-30, 0.3, "--json", out, "--mistakes", 0]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    runs = {(run["evaluated_N"], run["tol"]): run for run in json.loads(out.read_text())["runs"]}
+    assert {key: run["passes"] for key, run in runs.items() if key != (3, 0.3)} == {
+        (1, 0): 1, (3, 0): 3, (3, 100): 1, (3, 1e-30): 3
+    }  # fmt: skip
+    assert 1 <= runs[3, 0.3]["passes"] <= 3
+    assert runs[3, 100]["rows"] == runs[1, 0]["rows"] and runs[3, 1e-30]["rows"] == runs[3, 0]["rows"]
+    assert runs[1, 0]["rows"] != runs[3, 0]["rows"]
+    assert "at most 3, tol 100 |" in capsys.readouterr().out
+    (one,) = evaluation.settings_of({"N": 4}, mock.Mock(N=None, tol=[0.5]))
+    assert one == (4, 0.5)
+
+
+def test_eval_linear_probe_finds_what_is_there_and_nothing_else():
+    """A probe that overfits, or that looks at problems without the item, claims to find what no memory holds."""
+    rng = torch.Generator().manual_seed(0)
+    X, X_test = torch.randn(1500, 60, generator=rng), torch.randn(700, 60, generator=rng)
+    maps = torch.randn(4, 60, 5, generator=rng)
+    absent = [torch.rand(len(a), 4, generator=rng) < 0.4 for a in (X, X_test)]
+    targets = []
+    for a, gone in zip((X, X_test), absent):
+        linear = torch.einsum("nd,idc->nic", a, maps).argmax(-1)
+        noise = torch.randint(5, linear.shape, generator=rng)
+        targets.append({"linear": linear.masked_fill(gone, -1).numpy(), "noise": noise.masked_fill(gone, -1).numpy()})
+    found = evaluation.linear_probe(X, targets[0], X_test, targets[1])
+    assert found["linear"][0] >= 0.75 and found["linear"][1] <= 0.4
+    assert 0.14 <= found["noise"][0] <= 0.26 and 0.1 <= found["noise"][1] <= 0.3
+    few = evaluation.ridge(X[:40], X[:40, :3] * 2)  # fewer rows than numbers: the dual form
+    want = torch.linalg.solve(
+        X[:40].T @ X[:40] + 1e-3 * X[:40].square().sum() / 40 * torch.eye(60), X[:40].T @ X[:40, :3] * 2
+    )
+    assert error(few, want) <= 1e-4
+
+
+def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkeypatch, capsys):
+    """`--probe` looks at another state than the one after a pass, or its report lacks a part."""
+    model, task, config, _ = evaluation.load_run(str(finished["rule110"]), "cpu")
+    x, memory, change = evaluation.memories(model, task, config, "test", 0, 6)
+    assert torch.equal(x, task.batch(0, "test", 0, evaluation.BATCH)[0][:6])
+    after = []
+    with torch.no_grad():
+        state = sleep(model, model.embed(x[:, :8]), model.initial_state(), SleepConfig(2))[0]
+        for n in (1, 2):
+            later = sleep(model, model.embed(x[:, 8:16]), state, SleepConfig(n))[0]
+            after.append(torch.cat([layer.S.flatten(1) for layer in later if layer.S is not None], 1))
+    assert len(memory) == 3 and all(error(a, b) <= 1e-6 for a, b in zip(memory[1:], after))
+    moved = (after[1] - after[0]).norm(dim=1) / after[1].norm(dim=1)
+    assert change[1] == pytest.approx([float(moved.mean())], rel=1e-4)
+    monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
+    assert (
+        train.run(config_of(DEPO, "--name-tokens", 1, "--min-nodes", 6, "--steps", 1, "--out", tmp_path / "depo")) == 0
+    )
+    for name, path in {"rule110": finished["rule110"], "depo": tmp_path / "depo"}.items():
+        out = tmp_path / f"{name}.json"
+        assert call(evaluation.main, monkeypatch, [path, "--probe", "--n", 64, "--json", out]) == 0
+        (run,) = json.loads(out.read_text())["runs"]
+        N = run["config"]["N"]
+        assert [len(run["change"])] + [len(row) for row in run["woken"].values()] == [N] * (1 + len(run["woken"]))
+        assert all(len(row) == N + 1 and 0 <= min(row) <= max(row) <= 1 for row in run["held"].values())
+        assert run["held"].keys() == run["floor"].keys() == task.hidden(x).keys() or name == "depo"
+    assert "| hops 2 |" in capsys.readouterr().out
+
+
+def test_eval_probe_draws(finished, tmp_path, monkeypatch):
+    """--probe --plot fails, or leaves no PNG."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
+    argv = [finished["rule110"], "--probe", "--n", 32, "--plot", tmp_path / "probe.png"]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_cost_streams_and_fits_slopes(finished, tmp_path, monkeypatch, capsys):
+    """`--cost` times nothing, or reports a slope that the times do not have."""
+    out = tmp_path / "cost.json"
+    argv = [finished["depo"], "--cost", "--N", 1, 2, "--tokens", 1010, "--json", out]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    found = json.loads(out.read_text())
+    assert [(row["N"], row["tokens"]) for row in found["rows"]] == [(1, 1000), (1, 1010), (2, 1000), (2, 1010)]
+    assert all(0 < low <= mid <= high for row in found["rows"] for low, mid, high in row["ms"].values())
+    assert len({row["state_bytes"] for row in found["rows"]}) == 1  # the memory does not grow
+    model = evaluation.load_run(str(finished["depo"]), "cpu")[0]
+    with torch.no_grad():
+        cache = model.blocks(model.embed(torch.zeros(1, 12, dtype=torch.int64)), model.initial_state())[1]
+    assert evaluation.cache_bytes(model, 12) == sum(
+        a.nbytes for layer in cache for a in (layer.k, layer.v) if a is not None
+    )
+    assert "per tenfold past" in capsys.readouterr().out
+    plane = [(N, n, 5 + 0.25 * N - 0.5 * np.log10(n)) for N in (1, 2, 4) for n in (10**3, 10**4, 10**6)]
+    rows = [{"N": N, "tokens": n, "ms": {"sleep": (0, ms, 9)}} for N, n, ms in plane]
+    fitted = evaluation.slopes(rows, "sleep")
+    assert fitted["per pass"] == pytest.approx((0.25, 0), abs=1e-9)
+    assert fitted["per tenfold past"] == pytest.approx((-0.5, 0), abs=1e-9)
+
+
+@pytest.mark.parametrize("task", ("rule110", "depo"))
+def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys):
+    """What is typed is not what the model reads, a mistake changes the memory, or the passes are not shown."""
+    model, made, config, _ = evaluation.load_run(str(finished[task]), "cpu")
+    x = made.batch(0, "test", 0, 1)[0]
+    facts, question = made.decode(x[0, : made.context]), made.decode(x[0, made.context : made.context + 2])
+    question = "Q" if task == "rule110" else question
+    asked = torch.tensor([made.encode(question)])
+    want = made.decode(
+        generate(model, x[:, : made.context], asked, made.answer_tokens, SleepConfig(config["N"]), config["L"])[0]
+    )
+    lines = [facts, "zebra", "? " + question, f"/save {tmp_path}/memory", "/new", f"/load {tmp_path}/nothing"]
+    lines += [f"/load {tmp_path}/memory", "? " + question, f"/save {tmp_path}/none/memory", "/example", "/sleep", "/?"]
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=[*lines, EOFError]))
+    assert call(evaluation.main, monkeypatch, [finished[task], "--chat"]) == 0
+    said = capsys.readouterr().out
+    windows = made.context // config["L"]
+    for n in range(1, config["N"] + 1):
+        assert said.count(f"sleeping, pass {n}/{config['N']}: S changed by") == windows
+    assert said.count(f"  {want}\n") >= 2 and "not in the vocabulary" in said and "no file at" in said
+    assert said.count("/quit") == 2 and facts in said  # the help; the example is the same problem
+    assert "Traceback" not in said
+
+
+BAD_QUESTIONS = {
+    "N=0": ("{depo} --N 2 0", "N"),
+    "negative tolerance": ("{depo} --tol -0.5", "tol"),
+    "no tolerance": ("{depo} --tol nan", "tol"),
+    "two things at once": ("{depo} --cost --probe", "--probe"),
+    "cost of two": ("{depo} {depo} --cost", "--cost"),
+    "chat with two": ("{depo} {depo} --chat", "--chat"),
+    "chat with two N": ("{depo} --chat --N 1 2", "--chat"),
+    "no tokens": ("{depo} --cost --tokens 0", "--tokens"),
+    "two tasks": ("{depo} {rule110}", "rule110"),
+    "probe of long names": ("{depo} --probe", "--probe"),
+    "no such folder": ("{depo} --json {depo}/none/a.json", "none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_QUESTIONS)
+def test_eval_refuses_bad_flags_in_one_line(case, finished, monkeypatch, capsys):
+    """A wrong flag of eval.py gives a traceback, a result, or the wrong exit status."""
+    flags, part = BAD_QUESTIONS[case]
+    capsys.readouterr()
+    assert call(evaluation.main, monkeypatch, flags.format(**finished).split()) == 2
+    assert_one_line(capsys.readouterr().err, part)
 
 
 def test_eval_command_draws(finished, tmp_path, monkeypatch):
@@ -2003,8 +2213,13 @@ def assert_resumes_exactly(flags, folder, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    (RULE110, DEPO + " --accumulate 2 --checkpoint", RULE110 + " --evict sliding --learn delta --strings 3"),
-    ids=("rule110", "depo", "sliding"),
+    (
+        RULE110,
+        DEPO + " --accumulate 2 --checkpoint",
+        RULE110 + " --evict sliding --learn delta --strings 3",
+        DEPO + " --random-N --sleep-attention full --answer-passes 2",
+    ),
+    ids=("rule110", "depo", "sliding", "random N"),
 )
 def test_train_resumed_run_is_the_uninterrupted_run(flags, tmp_path, monkeypatch):
     """A checkpoint misses something: optimizer state, step, data position, random state."""
@@ -2046,6 +2261,8 @@ BAD_FLAGS = {
     "unknown eviction": ("--evict soft", "--evict"),
     "growing for too long": ("--grow 1.5", "--grow"),
     "workers": ("--workers -1", "--workers"),
+    "no pass over answers": ("--answer-passes 0", "--answer-passes"),
+    "unknown attention": ("--sleep-attention none", "--sleep-attention"),
     "loop that is no range": ("--loop nonsense", "--loop"),
     "loop out of range": ("--loop 0:9", "0:9"),
     "loop without a delta block": ("--loop 0:1", "0:1"),
@@ -2204,8 +2421,30 @@ def test_train_in_two_stages(tmp_path, monkeypatch):
         train.Trainer(config_of(DEPO, "--d-model", "32", "--start-from", tmp_path / "first"))
 
 
+def test_train_draws_N_for_every_step(tmp_path):
+    """--random-N trains with other passes than drawn, draws them anew on resume, or leaves some out."""
+    config = config_of(DEPO, "--random-N", "--out", tmp_path / "run")
+    drawn = [train.passes_of(step, config) for step in range(300)]
+    assert {n: 70 <= drawn.count(n) <= 130 for n in set(drawn)} == {1: True, 2: True, 3: True}
+    assert drawn != [train.passes_of(step, config_of(DEPO, "--random-N", "--seed", 1)) for step in range(300)]
+    assert train.run(config) == 0
+    assert [line["passes"] for line in read_log(tmp_path / "run")] == drawn[:20]
+    assert {line["passes"] for line in read_log(tmp_path / "run", "val") if "passes" in line} == set()
+    val = read_log(tmp_path / "run", "val")[-1]["scores"]
+    assert val["passes"] == 3  # it is judged at its N
+    fixed = [train.flops_per_step(config_of(DEPO, "--N", n)) for n in (1, 2, 3)]
+    assert train.flops_per_step(config) == pytest.approx(sum(fixed) / 3)
+    assert fixed[2] - fixed[1] == fixed[1] - fixed[0] > 0
+
+
 @pytest.mark.parametrize(
-    "flags", (RULE110, DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2", RULE110 + " --evict sliding")
+    "flags",
+    (
+        RULE110,
+        DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2",
+        RULE110 + " --evict sliding",
+        DEPO + " --sleep-attention full --answer-passes 2",
+    ),
 )
 def test_train_flops_are_those_of_the_layers_that_run(flags):
     """A layer that runs is not counted, or a dead one is: the utilisation that a run reports is wrong."""
@@ -2214,8 +2453,13 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, args, y: counted.append(2 * args[0].numel() * m.out_features))
-        elif isinstance(module, Attention):  # the causal half of two (T, T) by (T, d) products
-            module.register_forward_hook(lambda m, args, y: counted.append(2 * args[0].shape[1] * args[0].numel()))
+        elif isinstance(module, Attention):  # two (T, T) by (T, d) products, half of each where it is causal
+            full = "full" in flags
+            module.register_forward_hook(
+                lambda m, args, y: counted.append(
+                    (4 if full and args[3] is not None else 2) * args[0].shape[1] * args[0].numel()
+                )
+            )
     rules = []
 
     def counting(q, k, v, g, beta, S):
