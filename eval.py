@@ -359,7 +359,9 @@ def columns_of(runs):
     settings, groups = {}, {}
     for run in runs:
         setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING}
-        setting |= {"step": run["step"], "evaluated N": run["evaluated_N"], "tol": run["tol"]}
+        whole = run["step"] == setting["steps"]
+        setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
+        setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
         name = json.dumps(setting, sort_keys=True)
         settings[name] = setting
         for other in groups.setdefault(name, []):
@@ -377,7 +379,7 @@ def columns_of(runs):
             header += f", at most {setting['evaluated N']}, tol {setting['tol']:g}"
         elif setting["evaluated N"] != setting["N"]:
             header += f", evaluated at N={setting['evaluated N']}"
-        header += "".join(f", {k} {setting.get(k)}" for k in differ if k not in order)
+        header += "".join(f", {k.replace('_', ' ')} {setting.get(k)}" for k in differ if k not in order)
         columns[header] = groups[name]
     return columns
 
@@ -853,6 +855,19 @@ def probe_panels(results):
     ]
 
 
+def probe_table(results):
+    """The panels as Markdown; beside what the probe finds, what the commonest class would score."""
+    lines = []
+    for title, rows, columns, values in probe_panels(results):
+        floors = results[0]["floor"] if rows[0] in results[0]["floor"] and "probe" in title else {}
+        header = [f"{title}, after pass", *columns, *(["commonest"] if floors else [])]
+        lines += ["", f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+        for row, line in zip(rows, values):
+            cells = [f"{value:.1f}" for value in line] + ([f"{100 * floors[row]:.1f}"] if floors else [])
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines[1:])
+
+
 def plot_probe(results, path):
     """The panels as heat maps, a PNG."""
     plt = import_pyplot()
@@ -885,12 +900,7 @@ def report_probe(args, loaded):
     if len({(config["N"], config["pattern"]) for _, _, config, _ in loaded}) > 1:
         raise ValueError("--probe averages over seeds: give runs of one N and pattern")
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
-    for title, rows, columns, values in probe_panels(results):
-        print(f"\n| {title}, after pass | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))
-        for row, line in zip(rows, values):
-            print(f"| {row} | " + " | ".join(f"{value:.1f}" for value in line) + " |")
-    floors = ", ".join(f"{100 * floor:.1f} for {name}" for name, floor in results[0]["floor"].items())
-    print(f"\nThe commonest class would be right in (%): {floors}")
+    print(probe_table(results))
     if args.json:
         about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | problems(args) | where(args)
         write_json(args.json, about | {"runs": results})
@@ -992,6 +1002,71 @@ def chat(args, loaded):
 
 
 # -----------------------------------------------------------------------------
+# tables from results files
+
+
+def read_results(path):
+    """A results file that this script wrote: a dict. Raises ValueError if it is missing or something else."""
+    try:
+        with open(path) as f:
+            saved = dict(json.load(f))
+    except FileNotFoundError:
+        raise ValueError(f"no file at {path}: give a results file that eval.py --json wrote") from None
+    except (OSError, ValueError, TypeError):
+        raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
+    if not {"rows", "runs"} & saved.keys():
+        raise ValueError(f"{path} is no results file: give one that eval.py --json wrote")
+    return saved
+
+
+def results_table(path, rows):
+    """The Markdown table(s) of a results file, of all its difficulties or of those that start with one of `rows`."""
+    saved = read_results(path)
+    if "slopes" in saved:
+        return cost_table(saved["rows"])
+    if "held" in saved["runs"][0]:
+        return probe_table(saved["runs"])
+    for run in saved["runs"]:
+        run["config"] = LATER_FLAGS | run["config"]
+        run.setdefault("tol", 0.0)
+        run["rows"] = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
+    return comparison_table({header: [r["rows"] for r in runs] for header, runs in columns_of(saved["runs"]).items()})
+
+
+MARKER = re.compile(r"^<!-- python eval\.py --table (\S+)((?: --rows .+)?) -->$")
+
+
+def renewed_tables(path):
+    """The text of a Markdown file with each table under a line `<!-- python eval.py --table FILE.json -->` made anew.
+
+    FILE.json is relative to the Markdown file. Raises ValueError or OSError where a results file cannot be read.
+    """
+    with open(path) as f:
+        lines, new = f.read().split("\n"), []
+    replacing = False
+    for line in lines:
+        replacing = replacing and line.startswith("|")
+        if not replacing:
+            new.append(line)
+        if found := MARKER.match(line):
+            new += results_table(os.path.join(os.path.dirname(path), found[1]), found[2].split()[1:]).split("\n")
+            replacing = True
+    return "\n".join(new)
+
+
+def report_tables(args):
+    """`--table`: print the tables of results files; in a Markdown file, put them where it asks for them."""
+    for path in args.runs:
+        if not path.endswith(".md"):
+            print(results_table(path, args.rows))
+            continue
+        text = renewed_tables(path)
+        with open(path + ".tmp", "w") as f:
+            f.write(text)
+        os.replace(path + ".tmp", path)
+
+
+# -----------------------------------------------------------------------------
 # the command line
 
 
@@ -999,9 +1074,12 @@ def parse_args():
     """The command line. Raises ValueError for numbers that make no sense and for files that cannot be written."""
     parser = Parser(description="Score trained runs on problems that training never saw.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py, or a checkpoint file")
+    parser.add_argument("--rows", nargs="+", default=[], help="--table: only difficulties that start so, such as hops")
     doing = parser.add_mutually_exclusive_group()
     doing.add_argument("--cost", action="store_true", help="time sleeping and answering on a stream instead")
     doing.add_argument("--probe", action="store_true", help="look into the memory after every pass instead")
+    doing.add_argument("--table", action="store_true", help="print the tables of results files (RUN is one) "
+                       "instead, or put them into a Markdown file")  # fmt: skip
     doing.add_argument("--chat", action="store_true", help="read from the terminal, sleep and answer instead")
     parser.add_argument("--N", type=int, nargs="+", help="sleep passes (default: as each run was trained)")
     parser.add_argument("--tol", type=float, nargs="+", default=[], help="adaptive N: at most N passes, until one "
@@ -1085,6 +1163,9 @@ def main():
     """The command line: exit status 0 when done, 2 with one line on stderr for what the user can mend."""
     try:
         args = parse_args()
+        if args.table:
+            report_tables(args)
+            return
         loaded = [load_run(path, args.device) for path in args.runs]
         check_same_task(args.runs, [config for _, _, config, _ in loaded])
         do = report_cost if args.cost else report_probe if args.probe else chat if args.chat else compare

@@ -2072,6 +2072,22 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
     assert "Traceback" not in said
 
 
+def test_eval_table_is_the_one_that_was_printed(finished, tmp_path, monkeypatch, capsys):
+    """A table made from a results file is not that of the evaluation; or what is no results file gives a traceback."""
+    out = tmp_path / "results.json"
+    argv = [finished["depo"], "--n", 16, "--N", 1, 2, "--mistakes", 0, "--json", out]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    printed = capsys.readouterr().out
+    assert call(evaluation.main, monkeypatch, [out, "--table"]) == 0
+    assert capsys.readouterr().out in printed
+    assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "hops"]) == 0
+    assert [line[:9] for line in capsys.readouterr().out.splitlines()[2:]] == ["| hops 1 ", "| hops 2 "]
+    for text in ("", "[]", "{}", "[[1, 2]]"):
+        out.write_text(text)
+        assert call(evaluation.main, monkeypatch, [out, "--table"]) == 2
+        assert_one_line(capsys.readouterr().err, "results.json")
+
+
 BAD_QUESTIONS = {
     "N=0": ("{depo} --N 2 0", "N"),
     "negative tolerance": ("{depo} --tol -0.5", "tol"),
@@ -2589,3 +2605,10 @@ def test_repository_readme_commands_are_accepted(monkeypatch):
     for flags in judging:
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
         evaluation.parse_args()
+
+
+def test_repository_readme_tables_are_those_of_the_results():
+    """A number in the README was typed by hand, or its results file has changed since."""
+    text = (HERE / "README.md").read_text()
+    assert len(re.findall("^<!-- python eval.py --table ", text, re.M)) >= 3
+    assert evaluation.renewed_tables(str(HERE / "README.md")) == text
