@@ -181,9 +181,9 @@ PRESETS = {
         "small": dict(op=6, min_op=1, min_length=257, max_length=507, name_words=2, L=256, pattern="ADADAD",
                       d_model=384, n_head=6, batch=128, steps=20_000, decay=0.4, muon_lr=5e-3, adam_lr=1e-3,
                       eval_every=1000, workers=8),
-        "tiny": dict(op=3, min_op=1, min_length=70, max_length=123, name_words=1, L=64, pattern="AD", d_model=64,
-                     n_head=2, positions=True, batch=32, steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3,
-                     weight_decay=0.5, eval_every=200, workers=1),
+        "tiny": dict(op=3, min_op=1, min_length=49, max_length=60, name_words=1, mode="forward", question="last", L=48,
+                     pattern="AD", d_model=64, n_head=2, positions=True, batch=96, steps=1500, decay=0.4, muon_lr=0.01,
+                     adam_lr=2e-3, weight_decay=0.5, eval_every=150, workers=1),
     },
 }  # fmt: skip
 
