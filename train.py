@@ -182,8 +182,8 @@ PRESETS = {
                       d_model=384, n_head=6, batch=128, steps=20_000, decay=0.4, muon_lr=5e-3, adam_lr=1e-3,
                       eval_every=1000, workers=8),
         "tiny": dict(op=3, min_op=1, min_length=49, max_length=60, name_words=1, mode="forward", question="last", L=48,
-                     pattern="AD", d_model=64, n_head=2, positions=True, batch=96, steps=1500, decay=0.4, muon_lr=0.01,
-                     adam_lr=2e-3, weight_decay=0.5, eval_every=150, workers=1),
+                     pattern="AD", d_model=64, n_head=2, d_mlp=64, positions=True, batch=64, steps=2000, decay=0.4,
+                     muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, eval_every=200, workers=1),
     },
 }  # fmt: skip
 
