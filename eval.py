@@ -504,10 +504,10 @@ def draw_line(ax, x, series, colour, dashes):
 
 
 def looks(columns):
-    """header -> (colour, dashes): a colour per N; columns of equal N differ in their dashes."""
+    """header -> (colour, dashes): a colour per evaluated N; columns of equal N differ in their dashes."""
     seen, result = {}, {}
     for header, runs in columns.items():
-        N = runs[0]["config"]["N"]
+        N = runs[0]["evaluated_N"]
         seen[N] = seen.get(N, -1) + 1
         result[header] = COLOURS.get(N, "black"), ["-", "--", ":", "-."][seen[N] % 4]
     return result
@@ -549,6 +549,25 @@ def draw_curves(ax, columns):
     what = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}[first["config"]["task"]]
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
     ax.set_xlim(0, 1.06 * end / unit or 1)
+
+
+def draw_passes(ax, columns):
+    """Left panel where one model is scored with several N or tol: accuracy against the mean passes of a sleep."""
+    kinds = {"N passes": ("-", "o", 0.0), "adaptive N": ("--", "s", None)}
+    runs = [run for group in columns.values() for run in group]
+    for (label, (dashes, marker, only)), colour in zip(kinds.items(), (COLOURS[2], COLOURS[4])):
+        chosen = [run for run in runs if (run["tol"] == 0) == (only == 0)]
+        settings = sorted({(run["evaluated_N"], -run["tol"]) for run in chosen})
+        points = []
+        for N, tol in settings:
+            same = [run for run in chosen if (run["evaluated_N"], -run["tol"]) == (N, tol)]
+            scores = [100 * headline(run["rows"]) for run in same]
+            points.append((np.mean([run["passes"] for run in same]), np.mean(scores), min(scores), max(scores)))
+        if points:
+            x, mean, low, high = np.array(sorted(points)).T
+            ax.errorbar(x, mean, [mean - low, high - mean], color=colour, ls=dashes, marker=marker, ms=5, label=label)
+    ax.set(xlabel="passes per sleep, mean", ylabel="accuracy, all questions (%)")
+    ax.legend(frameon=False)
 
 
 def draw_difficulty(ax, columns, field):
@@ -599,7 +618,8 @@ def plot(columns, path, problems):
     config = runs[0]["config"]
     with_loss = config["task"] == "depo" and is_paper_size(config)
     figure, axes = plt.subplots(1, 2 + with_loss, figsize=(9 + 4 * with_loss, 4.4), layout="constrained")
-    draw_curves(axes[0], columns)
+    one_model = len({(run["evaluated_N"], run["tol"]) for run in runs}) > len({run["config"]["N"] for run in runs})
+    (draw_passes if one_model else draw_curves)(axes[0], columns)
     draw_difficulty(axes[1], columns, "accuracy")
     for ax in axes[:2]:
         ax.set_ylim(-3, 103)

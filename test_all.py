@@ -2115,8 +2115,11 @@ def test_eval_refuses_bad_flags_in_one_line(case, finished, monkeypatch, capsys)
 def test_eval_command_draws(finished, tmp_path, monkeypatch):
     """--plot fails, or leaves no PNG."""
     pytest.importorskip("matplotlib")
-    assert call(evaluation.main, monkeypatch, [finished["depo"], "--n", 16, "--plot", tmp_path / "depo.png"]) == 0
-    assert (tmp_path / "depo.png").read_bytes().startswith(b"\x89PNG")
+    for more in ([], ["--N", 1, 2, "--tol", 0.5]):
+        argv = [finished["depo"], "--n", 16, "--plot", tmp_path / "depo.png", *more]
+        assert call(evaluation.main, monkeypatch, argv) == 0
+        assert (tmp_path / "depo.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "depo.png").unlink()
 
 
 class Malice:
