@@ -82,6 +82,12 @@ def l2norm(x):
     return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def project(x, *layers):
+    """What several nn.Linear without bias make of one x (..., d), as one matrix product: a tuple, (..., out) each."""
+    y = F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return y.split([layer.out_features for layer in layers], -1)
+
+
 @functools.lru_cache(maxsize=None)  # a CUDA graph reads them from where they are: none may be dropped
 def rope_table(length, dim, theta, device, dtype):
     """cos and sin of position * theta^(-2i/dim), each (length, 1, dim/2), for positions 0..length-1."""
@@ -124,9 +130,8 @@ class Attention(nn.Module):
         rope: cos and sin for the cache and x; mask: (T, P+T) bool of who sees whom, None for causal without a cache.
         """
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, n_head, K)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, n_kv_head, K)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, n_head, K), (B, T, n_kv_head, K)
         past = 0 if state.k is None else state.k.shape[1]
         if past:
             k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)  # (B, P+T, n_kv_head, K)
@@ -187,9 +192,9 @@ class GatedDeltaNet(nn.Module):
         S = torch.zeros(x.shape[0], self.n_head, dim, dim, dtype=self.A_log.dtype, device=x.device)
         return S.requires_grad_(torch.is_grad_enabled())
 
-    def gates(self, x):
+    def gates(self, a, b):
         """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H) and at least float32."""
-        a, b = self.a_proj(x).to(self.A_log.dtype), self.b_proj(x).to(self.A_log.dtype)
+        a, b = a.to(self.A_log.dtype), b.to(self.A_log.dtype)
         return -self.A_log.exp() * F.softplus(a + self.dt_bias), torch.sigmoid(b)
 
     def forward(self, x, state, write_only=False):
@@ -198,19 +203,21 @@ class GatedDeltaNet(nn.Module):
         With write_only nothing is read: the output is None and only S is in the new state. That is the last write of a
         sleeping chunk, whose features nobody will see.
         """
-        B, T, _ = x.shape
-        heads = (B, T, self.n_head, -1)
+        heads = (*x.shape[:2], self.n_head, -1)
         history = state.conv or (None, None, None)
-        k, history_k = self.conv_k(self.k_proj(x), history[1])
-        v, history_v = self.conv_v(self.v_proj(x), history[2])
+        write = self.k_proj, self.v_proj, self.a_proj, self.b_proj
+        k, v, a, b, *read = project(x, *write, *(() if write_only else (self.q_proj, self.gate_proj)))
+        k, history_k = self.conv_k(k, history[1])
+        v, history_v = self.conv_v(v, history[2])
         k, v = l2norm(k.view(heads)), v.view(heads)  # (B, T, H, K), (B, T, H, V)
-        g, beta = self.gates(x)
+        g, beta = self.gates(a, b)
         if write_only:
             return None, LayerState(S=delta_rule(None, k, v, g, beta, state.S)[1])
-        q, history_q = self.conv_q(self.q_proj(x), history[0])
+        q, gate = read
+        q, history_q = self.conv_q(q, history[0])
         q = l2norm(q.view(heads)) * k.shape[-1] ** -0.5
         o, S = delta_rule(q, k, v, g, beta, state.S)
-        o = self.norm(o) * F.silu(self.gate_proj(x)).view(heads)
+        o = self.norm(o) * F.silu(gate).view(heads)
         return self.out_proj(o.flatten(2)), LayerState(S=S, conv=(history_q, history_k, history_v))
 
 
@@ -225,7 +232,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """(B, T, d_model) -> (B, T, d_model)."""
-        return self.out_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.out_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

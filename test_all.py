@@ -37,7 +37,7 @@ import kernels
 import train
 from data import Depo, GSMInfinite, Rule110
 from kernels import delta_rule
-from model import Attention, LayerState, Model, ModelConfig
+from model import Attention, LayerState, Model, ModelConfig, project
 from sleep import (
     Algorithm1,
     Chunk,
@@ -1215,7 +1215,7 @@ def test_sleep_computes_nothing_after_the_last_write():
     sleep(model, model.embed(random_ids(2, L)), model.initial_state(), SleepConfig(2))
     assert [calls.count(f"layers.{i}") for i in range(3)] == [2, 2, 1]
     assert [calls.count(f"layers.{i}.mlp") for i in range(3)] == [2, 1, 1]
-    assert [calls.count(f"layers.1.mixer.{part}") for part in ("k_proj", "q_proj", "out_proj")] == [2, 1, 1]
+    assert [calls.count(f"layers.1.mixer.{part}") for part in ("conv_k", "conv_q", "out_proj")] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -2469,16 +2469,19 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
     """A layer that runs is not counted, or a dead one is: the utilisation that a run reports is wrong."""
     config = config_of(flags, "--batch", "3")
     trainer, counted = train.Trainer(config), []
+
+    def linear(x, *layers):
+        counted.extend(2 * x.numel() * layer.out_features for layer in layers)
+        return project(x, *layers)
+
+    def attention(module, args, y):  # two (T, T) by (T, d) products, half of each where it is causal
+        counted.append((4 if "full" in flags and args[3] is not None else 2) * args[0].shape[1] * args[0].numel())
+
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, args, y: counted.append(2 * args[0].numel() * m.out_features))
-        elif isinstance(module, Attention):  # two (T, T) by (T, d) products, half of each where it is causal
-            full = "full" in flags
-            module.register_forward_hook(
-                lambda m, args, y: counted.append(
-                    (4 if full and args[3] is not None else 2) * args[0].shape[1] * args[0].numel()
-                )
-            )
+        elif isinstance(module, Attention):
+            module.register_forward_hook(attention)
     rules = []
 
     def counting(q, k, v, g, beta, S):
@@ -2486,7 +2489,7 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
         return delta_rule(q, k, v, g, beta, S)
 
     x, y, m = trainer.task.batch(0, "train", 0, 3)
-    with mock.patch("model.delta_rule", counting):
+    with mock.patch("model.delta_rule", counting), mock.patch("model.project", linear):
         trainer.algorithm(x, y, m, split_chunks(m, config.L))
     assert train.flops_per_step(config) == 3 * (sum(counted) + sum(rules))
 
