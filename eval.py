@@ -5,6 +5,11 @@ How it is judged: accuracy per difficulty on problems that training never saw, b
     $ python eval.py out/depo-N*-s* --plot depo.png       several runs side by side, mean and spread over seeds
     $ python eval.py out/depo-N2-s0 --N 4                 other sleep passes than it was trained with
     $ python eval.py out/depo-N4-s0 --json depo.json      the numbers, with the command, commit and machine behind them
+    $ python eval.py out/depo-N4-s0 --N 1 2 4 --tol 0.1   adaptive: sleep until the fast weights have settled
+    $ python eval.py out/depo-N4-s0 --cost                what sleeping and answering cost, up to a million tokens
+    $ python eval.py out/depo-N4-s0 --probe               what the memory holds after every pass
+    $ python eval.py out/depo-N4-s0 --chat                tell it something, ask it something
+    $ python eval.py --table README.md                    renew the tables in a text from their results files
 
 A run is a directory written by train.py (config.json, ckpt.pt, log.jsonl) or a checkpoint file. All runs of one call
 answer the same problems. The digitised numbers of the paper are drawn where the setting is the paper's.
@@ -14,6 +19,7 @@ Based on section 4 of "Do Language Models Need Sleep?" (arXiv:2605.26099).
 Read next: train.py
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -194,12 +200,11 @@ def predict(algorithm, task, split, L, n, seed, batch):
     """
     model = algorithm.model
     device, training = next(model.parameters()).device, model.training
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
     batches = []
     model.eval()
     try:
         # not inference_mode: the rotation tables that the model caches here must still be usable in training
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(device):
             for s in tqdm(
                 range(-(-n // batch)), f"N={algorithm.config.N}", leave=False, disable=None
             ):  # None: only on a terminal
@@ -376,7 +381,7 @@ def columns_of(runs):
         setting = settings[name]
         header = f"N={setting['N']}"
         if setting["tol"]:
-            header += f", at most {setting['evaluated N']}, tol {setting['tol']:g}"
+            header += f", at most {setting['evaluated N']}, tol {setting['tol']}"
         elif setting["evaluated N"] != setting["N"]:
             header += f", evaluated at N={setting['evaluated N']}"
         header += "".join(f", {k.replace('_', ' ')} {setting.get(k)}" for k in differ if k not in order)
@@ -397,7 +402,7 @@ def report(columns, args):
     lines = [f"{describe(config)}: {args.n} {args.split} problems, seed {args.seed}\n"]
     lines += ["| run | trained N | evaluated N | tol | passes | steps | seed | loss |", "|---|" + "--:|" * 7]
     for run in (run for runs in columns.values() for run in runs):
-        numbers = [run["config"]["N"], run["evaluated_N"], f"{run['tol']:g}", f"{run['passes']:.2f}", run["step"]]
+        numbers = [run["config"]["N"], run["evaluated_N"], str(run["tol"]), f"{run['passes']:.2f}", run["step"]]
         numbers += [run["config"]["seed"], f"{run['loss']:.3f}"]
         lines.append(f"| {run['path']} | " + " | ".join(str(number) for number in numbers) + " |")
     rows = {header: [run["rows"] for run in runs] for header, runs in columns.items()}
@@ -551,21 +556,28 @@ def draw_curves(ax, columns):
     ax.set_xlim(0, 1.06 * end / unit or 1)
 
 
+def models_of(runs):
+    """The runs of each kind of model, however it was scored: header as in columns_of -> runs."""
+    once = {run["path"]: run | {"evaluated_N": run["config"]["N"], "tol": 0.0} for run in runs}
+    kinds = {header: {run["path"] for run in group} for header, group in columns_of(list(once.values())).items()}
+    return {header: [run for run in runs if run["path"] in paths] for header, paths in kinds.items()}
+
+
 def draw_passes(ax, columns):
-    """Left panel where one model is scored with several N or tol: accuracy against the mean passes of a sleep."""
-    kinds = {"N passes": ("-", "o", 0.0), "adaptive N": ("--", "s", None)}
-    runs = [run for group in columns.values() for run in group]
-    for (label, (dashes, marker, only)), colour in zip(kinds.items(), (COLOURS[2], COLOURS[4])):
-        chosen = [run for run in runs if (run["tol"] == 0) == (only == 0)]
-        settings = sorted({(run["evaluated_N"], -run["tol"]) for run in chosen})
-        points = []
-        for N, tol in settings:
-            same = [run for run in chosen if (run["evaluated_N"], -run["tol"]) == (N, tol)]
-            scores = [100 * headline(run["rows"]) for run in same]
-            points.append((np.mean([run["passes"] for run in same]), np.mean(scores), min(scores), max(scores)))
-        if points:
-            x, mean, low, high = np.array(sorted(points)).T
-            ax.errorbar(x, mean, [mean - low, high - mean], color=colour, ls=dashes, marker=marker, ms=5, label=label)
+    """Left panel where models are scored with several N or tol: accuracy against the mean passes of a sleep."""
+    for header, runs in models_of([run for group in columns.values() for run in group]).items():
+        colour = COLOURS.get(runs[0]["config"]["N"], "black")
+        for label, dashes, marker in ((header, "-", "o"), (f"{header}, adaptive", "--", "s")):
+            chosen = [run for run in runs if (run["tol"] > 0) == ("adaptive" in label)]
+            points = []
+            for setting in {(run["evaluated_N"], run["tol"]) for run in chosen}:
+                same = [run for run in chosen if (run["evaluated_N"], run["tol"]) == setting]
+                scores = [100 * headline(run["rows"]) for run in same]
+                points.append((np.mean([run["passes"] for run in same]), np.mean(scores), min(scores), max(scores)))
+            if points:
+                x, mean, low, high = np.array(sorted(points)).T
+                bars = [mean - low, high - mean]
+                ax.errorbar(x, mean, bars, color=colour, ls=dashes, marker=marker, ms=5, capsize=2, label=label)
     ax.set(xlabel="passes per sleep, mean", ylabel="accuracy, all questions (%)")
     ax.legend(frameon=False)
 
@@ -618,8 +630,8 @@ def plot(columns, path, problems):
     config = runs[0]["config"]
     with_loss = config["task"] == "depo" and is_paper_size(config)
     figure, axes = plt.subplots(1, 2 + with_loss, figsize=(9 + 4 * with_loss, 4.4), layout="constrained")
-    one_model = len({(run["evaluated_N"], run["tol"]) for run in runs}) > len({run["config"]["N"] for run in runs})
-    (draw_passes if one_model else draw_curves)(axes[0], columns)
+    again = len({run["path"] for run in runs}) < len(runs)  # some model is scored in more than one way
+    (draw_passes if again else draw_curves)(axes[0], columns)
     draw_difficulty(axes[1], columns, "accuracy")
     for ax in axes[:2]:
         ax.set_ylim(-3, 103)
@@ -646,14 +658,19 @@ def plot(columns, path, problems):
 # what sleeping and answering cost
 
 
+def autocast(device):
+    """The precision that training uses: bfloat16 where it pays on a GPU, float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
+
 def milliseconds(call, device, repeats=20):
     """Times of one call in ms, a list; one call before them does not count."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if device != "cpu":
+            torch.accelerator.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return times[1:]
 
@@ -674,7 +691,7 @@ def time_sleeper(sleeper, device):
     model, keep, L = sleeper.model, sleeper.config.keep, sleeper.L
     ids = torch.randint(model.config.vocab_size, (1, L), device=sleeper.window.device)
     state, times = sleeper.state, {}
-    with torch.no_grad():
+    with torch.no_grad(), autocast(device):
         for name, x in {"sleep full": ids, "sleep one token": ids[:, :1]}.items():
             h = model.embed(x)
             times[name] = milliseconds(lambda h=h: sleep(model, h, state, sleeper.config), device)
@@ -708,7 +725,8 @@ def measure_cost(model, config, Ns, tokens, device):
             for end in ends:
                 while seen < end:
                     ids = torch.randint(model.config.vocab_size, (1, min(end - seen, 64 * L)), generator=rng)
-                    sleeper.feed(ids)
+                    with autocast(device):
+                        sleeper.feed(ids)
                     seen += ids.shape[1]
                     bar.update(ids.shape[1])
                 times = time_sleeper(sleeper, device)
@@ -725,8 +743,7 @@ def slopes(rows, name):
     """
     y = np.array([row["ms"][name][1] for row in rows])
     X = np.array([[1.0, row["N"], math.log10(row["tokens"])] for row in rows])
-    spread = [len(set(X[:, i])) > 1 for i in (1, 2)]
-    if len(y) < 4 or not all(spread):
+    if len(y) < 4 or min(np.ptp(X[:, 1:], 0)) < 1:  # at least another N and a past ten times as long
         return {}
     fit, *_ = np.linalg.lstsq(X, y, rcond=None)
     variance = ((y - X @ fit) ** 2).sum() / (len(y) - 3) * np.diag(np.linalg.inv(X.T @ X))
@@ -756,7 +773,11 @@ def report_cost(args, loaded):
     if len(args.runs) > 1:
         raise ValueError("--cost times one run: give one")
     model, _, config, _ = loaded[0]
-    Ns = args.N or sorted({1, 2, 4, config["N"]})
+    if config["L"] < 2 or config["answer_passes"] > 1:
+        raise ValueError("--cost times windows of 2 tokens or more that are answered in one pass: this run has others")
+    Ns = list(dict.fromkeys(args.N or sorted({1, 2, 4, config["N"]})))
+    for N in Ns:
+        algorithm_of(model, config | {"N": N})
     torch.set_num_threads(config["threads"])
     rows = measure_cost(model, config, Ns, args.tokens, args.device)
     print(f"{args.runs[0]}: milliseconds for a batch of one, median (quartiles); a window is {config['L']} tokens\n")
@@ -780,22 +801,22 @@ def memories(model, task, config, split, seed, n):
     """
     rules, L, device = sleep_config(config), config["L"], model.embedding.weight.device
     deltas = [i for i, kind in enumerate(model.config.pattern) if kind == "D"]
-    xs, memory, changes = [], [[] for _ in range(rules.N + 1)], []
+    xs, memory, changes = [], [[] for _ in range(rules.N + 1)], torch.zeros(rules.N, len(deltas), device=device)
     for s in tqdm(range(math.ceil(n / BATCH)), "memories", leave=False, disable=None):
         x = task.batch(seed, split, s, BATCH)[0][: n - s * BATCH]
         windows = x[:, : task.context].to(device).split(L, 1)
         state = model.initial_state()
-        for window in windows[:-1]:
-            state = sleep(model, model.embed(window), state, rules)[0]
-        states = [state] + [new for _, new in sleep_passes(model, model.embed(windows[-1]), state, rules)]
-        for a, b in zip(states, states[1:]):
-            changes.append(torch.stack([relative_change([a[i]], [b[i]]).sum() / n for i in deltas]))
-        for part, after in zip(memory, states):
-            # before the first sleep S is zero
-            S = [(states[-1][i].S * 0 if after[i].S is None else after[i].S).flatten(1) for i in deltas]
-            part.append(torch.cat(S, 1).cpu())
+        with autocast(device):
+            for window in windows[:-1]:
+                state = sleep(model, model.embed(window), state, rules)[0]
+            for i, (_, new) in enumerate(sleep_passes(model, model.embed(windows[-1]), state, rules)):
+                if i == 0:  # before the first sleep S is zero
+                    before = [new[j].S * 0 if state[j].S is None else state[j].S for j in deltas]
+                    memory[0].append(torch.cat([S.flatten(1) for S in before], 1).cpu())
+                changes[i] += torch.stack([relative_change([state[j]], [new[j]]).sum() / n for j in deltas])
+                memory[i + 1].append(torch.cat([new[j].S.flatten(1) for j in deltas], 1).cpu())
+                state = new
         xs.append(x)
-    changes = torch.stack(changes).unflatten(0, (-1, rules.N)).sum(0)  # (N, delta layers)
     return torch.cat(xs), [torch.cat(part) for part in memory], changes.tolist()
 
 
@@ -833,6 +854,7 @@ def linear_probe(X, targets, X_test, targets_test):
 
 
 PROBE_FIT = 16_384  # problems of the training split that a probe is fitted to
+PROBE_LIMIT = 8192  # numbers in a memory: the normal equations of one probe are a matrix of that size
 
 
 def probe(path, loaded, args):
@@ -841,8 +863,8 @@ def probe(path, loaded, args):
     "held": what a linear probe finds in the memory after passes 0..N, "floor": what the commonest class would score,
     "woken": the accuracy of the answers if the model is woken after pass 1..N, "change": of S by each pass and layer.
     """
-    model, task, config, _ = loaded
-    config = config | {"N": max(args.N or [config["N"]])}
+    model, task, trained, _ = loaded
+    config = trained | {"N": (args.N or [trained["N"]])[0]}
     x, memory, _ = memories(model, task, config, "train", args.seed, PROBE_FIT)
     x_test, memory_test, change = memories(model, task, config, args.split, args.seed, args.n)
     targets, targets_test = task.hidden(x), task.hidden(x_test)
@@ -852,7 +874,7 @@ def probe(path, loaded, args):
     for n in range(1, config["N"] + 1):
         algorithm = algorithm_of(model, config | {"N": n})
         woken.append(evaluate(algorithm, task, args.split, config["L"], args.n, args.seed, BATCH)["rows"])
-    result = {"path": path, "config": config, "change": change}
+    result = {"path": path, "config": trained, "evaluated_N": config["N"], "change": change}
     result["held"] = {name: [found[name][0] for found in each] for name in targets}
     result["floor"] = {name: each[0][name][1] for name in targets}
     return result | {"woken": {key: [rows[key]["accuracy"] for rows in woken] for key in headline_keys(woken[0])}}
@@ -860,7 +882,7 @@ def probe(path, loaded, args):
 
 def probe_panels(results):
     """Means over runs as (title, row labels, column labels, rows, all from 0 to 100): held, woken, change of S."""
-    N, one = results[0]["config"]["N"], results[0]
+    N, one = results[0]["evaluated_N"], results[0]
 
     def mean(part, key):
         return list(100 * np.mean([run[part][key] for run in results], 0))
@@ -904,21 +926,27 @@ def plot_probe(results, path):
         ax.set(title=title, xlabel="after pass")
         ax.title.set_fontsize(10)
     config = results[0]["config"]
-    figure.suptitle(f"{describe(config)}, trained and probed with N={config['N']}, {len(results)} seed(s)", fontsize=10)
+    Ns = f"trained with N={config['N']}, probed with N={results[0]['evaluated_N']}"
+    figure.suptitle(f"{describe(config)}; {Ns}; {len(results)} seed(s)", fontsize=10)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     plt.close(figure)
     os.replace(path + ".tmp", path)
 
 
 def report_probe(args, loaded):
-    """`--probe`: print, write and draw what the runs' memories hold. Raises ValueError if they differ in N or task."""
-    task = loaded[0][1]
+    """`--probe`: print, write and draw what the runs' memories hold. Raises ValueError for runs it cannot probe."""
+    model, task, config, _ = loaded[0]
     if task.name == "gsm" or (task.name == "depo" and task.name_tokens > 1):
-        raise ValueError(
-            "--probe has a probe per node name or bit: give runs of rule110, or of depo with one-token names"
-        )
-    if len({(config["N"], config["pattern"]) for _, _, config, _ in loaded}) > 1:
-        raise ValueError("--probe averages over seeds: give runs of one N and pattern")
+        raise ValueError("--probe knows the bits of rule110 and the one-token names of depo: give such runs")
+    settings = [{k: v for k, v in c.items() if k not in NOT_SETTING or k == "t"} for _, _, c, _ in loaded]
+    seeds = {c["seed"] for _, _, c, _ in loaded}
+    if any(setting != settings[0] for setting in settings) or len(seeds) < len(loaded):
+        raise ValueError("--probe averages over seeds: give runs that differ in nothing else")
+    if config["loop"] or args.split == "train":
+        raise ValueError("--probe needs a run without --loop, and --split val or test: its probe is fitted to train")
+    numbers = config["pattern"].count("D") * config["d_model"] ** 2 // config["n_head"]
+    if numbers > PROBE_LIMIT:
+        raise ValueError(f"--probe solves for the numbers of a memory, {numbers} here: {PROBE_LIMIT} is the most")
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
     print(probe_table(results))
     if args.json:
@@ -937,6 +965,11 @@ CHAT_HELP = """What you type is read; when {L} tokens are in the window the mode
   /example    print a problem nobody has seen, to type or paste
   /save FILE  write the memory      /load FILE  go on from one      /new  forget everything
   /quit"""
+
+
+def until_end(text):
+    """What stands before <end>."""
+    return text.split("<end>")[0].strip()
 
 
 class Chat:
@@ -966,12 +999,12 @@ class Chat:
         question = start if self.task.prompt else self.task.context
         print(f"  {self.task.decode(x[:question])}\n  ? {self.task.decode(x[question : start + 1])}")
         first = m[start:].int().cumprod(0).bool()  # up to the first gap
-        print(f"  the right answer: {self.task.decode(y[start:][first])}")
+        print(f"  the right answer: {until_end(self.task.decode(y[start:][first]))}")
 
     def ask(self, text):
         """Print the answer to a question; an empty one is the task's own prompt."""
-        answer = self.sleeper.ask(self.ids(text or self.task.prompt), self.task.answer_tokens)[0]
-        print(f"  {self.task.decode(answer).split(' <end>')[0]}")
+        said = self.sleeper.ask(self.ids(text or self.task.prompt), self.task.answer_tokens)[0]
+        print(f"  {until_end(self.task.decode(said))}")
 
     def line(self, text):
         """Do what one line says. Raises ValueError for what a user can mend; the memory is then as before."""
@@ -985,8 +1018,10 @@ class Chat:
         elif command == "/save" and rest:
             self.sleeper.save(rest)
         elif command == "/load" and rest:
-            self.sleeper = Sleeper.load(rest, self.model)
-            self.sleeper.on_pass = self.show
+            sleeper = Sleeper.load(rest, self.model)
+            if len(sleeper.window) > 1:
+                raise ValueError(f"{rest} is the memory of {len(sleeper.window)} streams: a chat has one")
+            self.sleeper, sleeper.on_pass = sleeper, self.show
         elif command == "/new":
             self.renew()
         elif command.startswith("/"):
@@ -1003,20 +1038,24 @@ def chat(args, loaded):
     model, task, config, _ = loaded[0]
     if config["answer_passes"] > 1:
         raise ValueError("--chat answers in one pass, but this run was trained to loop over its answers")
-    settings = settings_of(config, args)
-    if len(settings) > 1:
-        raise ValueError("--chat sleeps in one way: give one --N, or one --tol")
-    talk = Chat(model, task, config | dict(zip(("N", "tol"), settings[0])))
+    if max(len(args.N or []), len(args.tol)) > 1:
+        raise ValueError("--chat sleeps in one way: give one --N and one --tol")
+    talk = Chat(model, task, config | {"N": (args.N or [config["N"]])[0], "tol": (args.tol or [0.0])[0]})
+    with contextlib.suppress(AttributeError, ImportError):
+        sys.stdin.reconfigure(errors="replace")
+        import readline  # noqa: F401  without it a terminal cuts a line after 4,095 characters
     print(CHAT_HELP.format(L=config["L"]))
     while True:
         try:
             text = input("> ").strip()
+            if text == "/quit":
+                return
+            with autocast(args.device):
+                talk.line(text)
         except EOFError:
             return
-        if text == "/quit":
-            return
-        try:
-            talk.line(text)
+        except KeyboardInterrupt:
+            print("\n  interrupted; /quit ends")
         except (ValueError, OSError, RuntimeError) as error:  # torch reports an unwritable file as RuntimeError
             print(f"  {error}")
 
@@ -1034,7 +1073,7 @@ def read_results(path):
         raise ValueError(f"no file at {path}: give a results file that eval.py --json wrote") from None
     except (OSError, ValueError, TypeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
-    if not {"rows", "runs"} & saved.keys():
+    if not ("slopes" in saved or saved.get("runs")):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote")
     return saved
 
@@ -1042,35 +1081,42 @@ def read_results(path):
 def results_table(path, rows):
     """The Markdown table(s) of a results file, of all its difficulties or of those that start with one of `rows`."""
     saved = read_results(path)
-    if "slopes" in saved:
-        return cost_table(saved["rows"])
-    if "held" in saved["runs"][0]:
-        return probe_table(saved["runs"])
-    for run in saved["runs"]:
-        run["config"] = LATER_FLAGS | run["config"]
-        run.setdefault("tol", 0.0)
-        run["rows"] = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
-    return comparison_table({header: [r["rows"] for r in runs] for header, runs in columns_of(saved["runs"]).items()})
+    try:
+        if "slopes" in saved:
+            return cost_table(saved["rows"])
+        if "held" in saved["runs"][0]:
+            return probe_table(saved["runs"])
+        for run in saved["runs"]:
+            run["config"] = LATER_FLAGS | run["config"]
+            run.setdefault("tol", 0.0)
+            run["rows"] = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
+        columns = {header: [run["rows"] for run in runs] for header, runs in columns_of(saved["runs"]).items()}
+        if not ordered_keys(columns):
+            raise ValueError(f"{path} has no difficulty that starts with {' or '.join(rows)}: give another --rows")
+        return comparison_table(columns)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
 
 
-MARKER = re.compile(r"^<!-- python eval\.py --table (\S+)((?: --rows .+)?) -->$")
+MARKER = re.compile(r"^<!-- python eval\.py --table (\S+)(?: --rows (.+))? -->$")
+END_MARKER = "<!-- end of table -->"
 
 
 def renewed_tables(path):
-    """The text of a Markdown file with each table under a line `<!-- python eval.py --table FILE.json -->` made anew.
+    """The text of a Markdown file with its generated tables made anew.
 
-    FILE.json is relative to the Markdown file. Raises ValueError or OSError where a results file cannot be read.
+    They stand between `<!-- python eval.py --table FILE.json -->`, FILE.json relative to the Markdown file, and
+    `<!-- end of table -->`. Raises ValueError or OSError where a results file cannot be read or the end is missing.
     """
     with open(path) as f:
-        lines, new = f.read().split("\n"), []
-    replacing = False
+        lines, new = iter(f.read().split("\n")), []
     for line in lines:
-        replacing = replacing and line.startswith("|")
-        if not replacing:
-            new.append(line)
+        new.append(line)
         if found := MARKER.match(line):
-            new += results_table(os.path.join(os.path.dirname(path), found[1]), found[2].split()[1:]).split("\n")
-            replacing = True
+            table = results_table(os.path.join(os.path.dirname(path), found[1]), (found[2] or "").split())
+            new += [*table.split("\n"), END_MARKER]
+            if END_MARKER not in lines:  # this also skips what stood there
+                raise ValueError(f"{path}: no line {END_MARKER} after {line}")
     return "\n".join(new)
 
 
@@ -1098,12 +1144,12 @@ def parse_args():
     doing = parser.add_mutually_exclusive_group()
     doing.add_argument("--cost", action="store_true", help="time sleeping and answering on a stream instead")
     doing.add_argument("--probe", action="store_true", help="look into the memory after every pass instead")
-    doing.add_argument("--table", action="store_true", help="print the tables of results files (RUN is one) "
-                       "instead, or put them into a Markdown file")  # fmt: skip
+    text = "print the tables of results files (RUN is one) instead, or renew those in a Markdown file"
+    doing.add_argument("--table", action="store_true", help=text)
     doing.add_argument("--chat", action="store_true", help="read from the terminal, sleep and answer instead")
     parser.add_argument("--N", type=int, nargs="+", help="sleep passes (default: as each run was trained)")
-    parser.add_argument("--tol", type=float, nargs="+", default=[], help="adaptive N: at most N passes, until one "
-                        "changes the fast weights by no more than this fraction")  # fmt: skip
+    text = "adaptive N: at most the largest N passes, until one changes the fast weights by no more than this fraction"
+    parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="--cost: length of the stream (default 1000000)")
     parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
@@ -1120,8 +1166,23 @@ def parse_args():
     for N, tol in itertools.product(args.N or [1], args.tol or [0.0]):
         SleepConfig(N, tol=tol)
     for path in filter(None, (args.json, args.plot)):
-        if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
-            raise ValueError(f"cannot write {path}: give a file in a directory that exists")
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
+            raise ValueError(f"cannot write {path}: give a file in a directory that exists and is yours")
+    unused = {
+        "cost": ("tol", "plot"),
+        "table": ("N", "tol", "json", "plot"),
+        "chat": ("json", "plot"),
+        "probe": ("tol",),
+    }
+    doing = next((name for name in unused if getattr(args, name)), None)
+    wrong = [name for name in unused.get(doing, ()) if getattr(args, name)]
+    wrong += ["rows"] if args.rows and not args.table else []
+    if args.probe and len(args.N or []) > 1:
+        wrong.append("N of several numbers")
+    if wrong:
+        with_what = f"--{doing}" if doing else "scoring runs"
+        raise ValueError(f"--{wrong[0]} does not go with {with_what}: leave it out")
     if args.plot:
         import_pyplot()  # refuse now, not after the evaluation
     return args
@@ -1141,7 +1202,7 @@ def settings_of(config, args):
     """The (N, tol) that a run (its flags, a dict) is asked to be scored with, a list."""
     Ns = args.N or [config["N"]]
     fixed = [(N, 0.0) for N in Ns] if args.N or not args.tol else []
-    return fixed + [(max(Ns), tol) for tol in args.tol]
+    return list(dict.fromkeys(fixed + [(max(Ns), tol) for tol in args.tol]))
 
 
 def score_run(run, loaded, args):
@@ -1150,7 +1211,8 @@ def score_run(run, loaded, args):
     algorithm = algorithm_of(model, config | {"N": run["evaluated_N"], "tol": run["tol"]})
     asked = predict(algorithm, task, args.split, config["L"], args.n, args.seed, BATCH)
     if args.mistakes:
-        print(f"{run['path']}, N={run['evaluated_N']}: {mistakes(task, *asked[:4], args.mistakes)}\n")
+        adaptive = f", tol {run['tol']}" if run["tol"] else ""
+        print(f"{run['path']}, N={run['evaluated_N']}{adaptive}: {mistakes(task, *asked[:4], args.mistakes)}\n")
     run.update(summarise(task, *asked))
 
 
@@ -1159,6 +1221,8 @@ def compare(args, loaded):
     both = [(path, one, N, tol) for path, one in zip(args.runs, loaded) for N, tol in settings_of(one[2], args)]
     runs = [describe_run(*each) for each in both]
     columns = columns_of(runs)
+    for _, (model, _, config, _), N, tol in both:
+        algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
     for entry, (_, one, _, _) in zip(runs, both):
         score_run(entry, one, args)
     print(report(columns, args))
@@ -1193,6 +1257,12 @@ def main():
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("eval.py: out of GPU memory: use --device cpu", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("eval.py: interrupted, nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

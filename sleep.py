@@ -89,11 +89,11 @@ class SleepConfig:
     loop: tuple | None = None  # (first, last+1) of the blocks that are looped, all by default
     keep: float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
     causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
-    tol: float = 0.0  # not in the paper: wake when no pass changes S by more than this fraction; 0: after N passes
+    tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
 
     def __post_init__(self):
-        if self.N < 1:
-            raise ValueError(f"N must be at least 1 pass, got {self.N}")
+        if not 1 <= self.N <= 1000:
+            raise ValueError(f"N must be 1 to 1000 passes, got {self.N}")
         if not 0 <= self.tol < math.inf:
             raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
         if self.tol and self.loop:
@@ -190,7 +190,10 @@ def until_settled(nights, state, tol):
 
 
 def relative_change(old, new):
-    """How much a pass changed the fast weights: |S_new - S_old| / |S_new| over all delta layers, per row, (B,)."""
+    """How much a pass changed the fast weights: |S_new - S_old| / |S_new| over all delta layers, per row, (B,).
+
+    It is relative to all that S holds, so the fuller a memory, the smaller the change that a window makes.
+    """
     both = [(0 if a.S is None else a.S, b.S) for a, b in zip(old, new) if b.S is not None]
     moved = sum((b - a).square().sum((1, 2, 3)) for a, b in both)  # (B,)
     return (moved / sum(b.square().sum((1, 2, 3)) for _, b in both).clamp_min(1e-30)).sqrt()
@@ -378,7 +381,7 @@ class Sleeper:
 
     def save(self, path):
         """Write memory and settings as plain tensors and numbers, under a temporary name first."""
-        memory = {"format": 1, "model": fingerprint(self.model), "config": asdict(self.config), "L": self.L}
+        memory = {"format": 2, "model": fingerprint(self.model), "config": asdict(self.config), "L": self.L}
         memory |= {"window": self.window, "state": [tuple(layer) for layer in self.state]}
         torch.save(memory, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
@@ -387,15 +390,19 @@ class Sleeper:
     def load(cls, path, model):
         """The Sleeper that was saved there. Raises ValueError if the file is damaged or the model is another one."""
         saved = read_plain(path, model.embedding.weight.device)
-        if not isinstance(saved, dict) or saved.get("format") != 1 or "window" not in saved:
+        if not isinstance(saved, dict) or saved.get("format") != 2 or "window" not in saved:
             raise ValueError(f"{path} is no memory of a Sleeper: give a file that Sleeper.save wrote")
         if saved.get("model") != fingerprint(model):
             raise ValueError(f"{path} is the memory of a model with other weights: load it with the model that made it")
         try:
             sleeper = cls(model, SleepConfig(**saved["config"]), saved["L"], batch=len(saved["window"]))
             sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
+            sleeper._check(saved["window"])
+            c = model.config
+            shape = (len(sleeper.window), c.n_head, c.d_model // c.n_head, c.d_model // c.n_head)
             whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] < sleeper.L
-        except (KeyError, TypeError, AttributeError, IndexError):
+            whole &= all(layer.S is None or layer.S.shape == shape for layer in sleeper.state)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError):
             whole = False
         if not whole:
             raise ValueError(f"{path} is incomplete or damaged: make the memory anew")
@@ -422,9 +429,13 @@ def read_plain(path, device):
     if not os.path.isfile(path):
         raise ValueError(f"no file at {path}")
     damage = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
+    damage += (NotImplementedError,)
     try:
         if not zipfile.is_zipfile(path):  # torch.save writes zip files; anything else would be a bare pickle
             raise zipfile.BadZipFile
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # the checksums, which torch does not look at
+                raise zipfile.BadZipFile
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is refused: it holds more than tensors and numbers, so it is not ours") from None

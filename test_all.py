@@ -1961,7 +1961,7 @@ def test_eval_command_compares_passes_and_tolerances(finished, tmp_path, monkeyp
     assert 1 <= runs[3, 0.3]["passes"] <= 3
     assert runs[3, 100]["rows"] == runs[1, 0]["rows"] and runs[3, 1e-30]["rows"] == runs[3, 0]["rows"]
     assert runs[1, 0]["rows"] != runs[3, 0]["rows"]
-    assert "at most 3, tol 100 |" in capsys.readouterr().out
+    assert "at most 3, tol 100.0 |" in capsys.readouterr().out
     (one,) = evaluation.settings_of({"N": 4}, mock.Mock(N=None, tol=[0.5]))
     assert one == (4, 0.5)
 
@@ -1984,7 +1984,7 @@ def test_eval_linear_probe_finds_what_is_there_and_nothing_else():
     want = torch.linalg.solve(
         X[:40].T @ X[:40] + 1e-3 * X[:40].square().sum() / 40 * torch.eye(60), X[:40].T @ X[:40, :3] * 2
     )
-    assert error(few, want) <= 1e-4
+    assert error(few, want) <= 1e-3
 
 
 def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkeypatch, capsys):
@@ -2028,10 +2028,10 @@ def test_eval_probe_draws(finished, tmp_path, monkeypatch):
 def test_eval_cost_streams_and_fits_slopes(finished, tmp_path, monkeypatch, capsys):
     """`--cost` times nothing, or reports a slope that the times do not have."""
     out = tmp_path / "cost.json"
-    argv = [finished["depo"], "--cost", "--N", 1, 2, "--tokens", 1010, "--json", out]
+    argv = [finished["depo"], "--cost", "--N", 1, 2, "--tokens", 10_000, "--json", out]
     assert call(evaluation.main, monkeypatch, argv) == 0
     found = json.loads(out.read_text())
-    assert [(row["N"], row["tokens"]) for row in found["rows"]] == [(1, 1000), (1, 1010), (2, 1000), (2, 1010)]
+    assert [(row["N"], row["tokens"]) for row in found["rows"]] == [(1, 1000), (1, 10_000), (2, 1000), (2, 10_000)]
     assert all(0 < low <= mid <= high for row in found["rows"] for low, mid, high in row["ms"].values())
     assert len({row["state_bytes"] for row in found["rows"]}) == 1  # the memory does not grow
     model = evaluation.load_run(str(finished["depo"]), "cpu")[0]
@@ -2082,10 +2082,34 @@ def test_eval_table_is_the_one_that_was_printed(finished, tmp_path, monkeypatch,
     assert capsys.readouterr().out in printed
     assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "hops"]) == 0
     assert [line[:9] for line in capsys.readouterr().out.splitlines()[2:]] == ["| hops 1 ", "| hops 2 "]
-    for text in ("", "[]", "{}", "[[1, 2]]"):
+    assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "op"]) == 2
+    assert_one_line(capsys.readouterr().err, "op")
+    for text in ("", "[]", "{}", "[[1, 2]]", '{"runs": [1]}', '{"runs": []}', '{"rows": [], "slopes": 1}'):
         out.write_text(text)
         assert call(evaluation.main, monkeypatch, [out, "--table"]) == 2
         assert_one_line(capsys.readouterr().err, "results.json")
+
+
+def test_eval_table_renews_a_markdown_file(finished, tmp_path, monkeypatch, capsys):
+    """A text around a generated table changes, the table is doubled, or what stood there is lost on an error."""
+    out, text = tmp_path / "results.json", tmp_path / "text.md"
+    argv = [finished["depo"], "--n", 16, "--N", 1, 2, "--mistakes", 0, "--json", out]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    capsys.readouterr()
+    assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "first"]) == 0
+    table = capsys.readouterr().out
+    before, after = (
+        "# A\n\n<!-- python eval.py --table results.json --rows first -->\n",
+        "<!-- end of table -->\n| b |\n",
+    )
+    text.write_text(before + "| old |\n\n| lines |\n" + after)
+    for _ in range(2):
+        assert call(evaluation.main, monkeypatch, [text, "--table"]) == 0
+        assert text.read_text() == before + table + after
+    text.write_text(before + "| old |\n")
+    assert call(evaluation.main, monkeypatch, [text, "--table"]) == 2
+    assert_one_line(capsys.readouterr().err, "text.md")
+    assert text.read_text() == before + "| old |\n"
 
 
 BAD_QUESTIONS = {
@@ -2097,6 +2121,11 @@ BAD_QUESTIONS = {
     "chat with two": ("{depo} {depo} --chat", "--chat"),
     "chat with two N": ("{depo} --chat --N 1 2", "--chat"),
     "no tokens": ("{depo} --cost --tokens 0", "--tokens"),
+    "too many passes": ("{depo} --N 1001", "1000"),
+    "cost until settled": ("{depo} --cost --tol 0.1", "--tol"),
+    "rows of what": ("{depo} --rows hops", "--rows"),
+    "probe of the problems it was fitted to": ("{rule110} --probe --split train", "--split"),
+    "probe of one run twice": ("{rule110} {rule110} --probe", "--probe"),
     "two tasks": ("{depo} {rule110}", "rule110"),
     "probe of long names": ("{depo} --probe", "--probe"),
     "no such folder": ("{depo} --json {depo}/none/a.json", "none"),

@@ -223,7 +223,8 @@ def check(config, given):
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
-        raise ValueError(f"--N {config.N} and --seed {config.seed}: use at most 1000 passes and a seed of 0 or more")
+        given = f"--N {config.N}, --answer-passes {config.answer_passes}, --seed {config.seed}"
+        raise ValueError(f"{given}: use at most 1000 passes and a seed of 0 or more")
     for name in "muon_lr adam_lr clip minutes".split():
         value = getattr(config, name)
         if value is not None and not 0 < value < 1e6:
@@ -731,11 +732,12 @@ def announce(trainer):
     }
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
+    N = f"1 to {config.N}" if config.random_N else config.N
     windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
+    print(f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {N} times;")
     print(
-        f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {config.N} times;"
+        f"questions {task.T - task.context} tokens = {answers} window(s), {config.answer_passes} pass(es)", flush=True
     )
-    print(f"questions {task.T - task.context} tokens = {answers} window(s), one pass each", flush=True)
 
 
 def run(config):
