@@ -1136,11 +1136,24 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
     with pytest.raises(ValueError, match="other weights"):
         Sleeper.load(tmp_path / "memory.pt", random_model())
     (tmp_path / "half.pt").write_bytes((tmp_path / "memory.pt").read_bytes()[:-200])
+    flipped = bytearray((tmp_path / "memory.pt").read_bytes())
+    saved = torch.load(tmp_path / "memory.pt", weights_only=True)
+    S = next(layer[0] for layer in saved["state"] if layer[0] is not None)
+    flipped[flipped.index(S.numpy().tobytes()[:64]) + 5] ^= 4
+    (tmp_path / "flipped.pt").write_bytes(flipped)
     torch.save({"format": 1}, tmp_path / "other.pt")
     for part in ("config", "state", "model"):
         whole = torch.load(tmp_path / "memory.pt", weights_only=True)
         torch.save({key: a for key, a in whole.items() if key != part}, tmp_path / f"without {part}.pt")
-    for name in ("half.pt", "other.pt", "missing.pt", "without config.pt", "without state.pt", "without model.pt"):
+    for name in (
+        "half.pt",
+        "flipped.pt",
+        "other.pt",
+        "missing.pt",
+        "without config.pt",
+        "without state.pt",
+        "without model.pt",
+    ):
         with pytest.raises(ValueError) as caught:
             Sleeper.load(tmp_path / name, model)
         assert_one_line(str(caught.value), name)
