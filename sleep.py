@@ -162,53 +162,6 @@ def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
     return evict(state, config.keep), fed_back, slept
 
 
-def watched(nights, state, on_pass):
-    """The same passes; after each, on_pass(its number, relative_change) is called. state: before the first."""
-    for n, (fed_back, new) in enumerate(nights, 1):
-        on_pass(n, relative_change(state, new))
-        state = new
-        yield fed_back, new
-
-
-def until_settled(nights, state, tol):
-    """not in the paper: each row keeps the state of its first pass that changes its S by no more than a fraction tol.
-
-    nights: from sleep_passes, asked for no more once all rows have settled; state: before the first pass. Returns as
-    sleep() does, without the eviction.
-    """
-    settled = None
-    for fed_back, new in nights:
-        change = relative_change(state, new)  # (B,)
-        if settled is None:
-            settled, slept = torch.zeros_like(change, dtype=torch.bool), torch.zeros_like(change, dtype=torch.int64)
-        else:
-            new = [merge_rows(settled, mine, theirs) for mine, theirs in zip(state, new)]
-        slept, settled, state = slept + ~settled, settled | (change <= tol), new
-        if settled.all():
-            break
-    return fed_back, state, slept
-
-
-def relative_change(old, new):
-    """How much a pass changed the fast weights: |S_new - S_old| / |S_new| over all delta layers, per row, (B,).
-
-    It is relative to all that S holds, so the fuller a memory, the smaller the change that a window makes.
-    """
-    both = [(0 if a.S is None else a.S, b.S) for a, b in zip(old, new) if b.S is not None]
-    moved = sum((b - a).square().sum((1, 2, 3)) for a, b in both)  # (B,)
-    return (moved / sum(b.square().sum((1, 2, 3)) for _, b in both).clamp_min(1e-30)).sqrt()
-
-
-def merge_rows(take, a, b):
-    """A LayerState with the rows of a where take (B,) is true, and those of b elsewhere."""
-
-    def pick(x, y):
-        return y if x is None else torch.where(take.view(-1, *(1,) * (y.dim() - 1)), x, y)
-
-    conv = b.conv and tuple(pick(x, y) for x, y in zip(a.conv, b.conv))
-    return LayerState(S=pick(a.S, b.S), conv=conv, k=pick(a.k, b.k), v=pick(a.v, b.v))
-
-
 class Algorithm1(nn.Module):
     """Training: one forward is lines 1 to 11 for a batch, so that line 14 is loss.backward().
 
@@ -266,6 +219,61 @@ def rms(x):
 def scored_part(a, chunks):
     """The columns of a (B, T) that lie in prediction chunks, (B, T_pred)."""
     return torch.cat([a[:, c.start : c.stop] for c in chunks if c.predicts], 1)
+
+
+# -----------------------------------------------------------------------------
+# not in the paper: watch a sleep pass by pass, and wake when S has settled
+
+
+def watched(nights, state, on_pass):
+    """The same passes; after each, on_pass(its number, relative_change) is called. state: before the first."""
+    for n, (fed_back, new) in enumerate(nights, 1):
+        on_pass(n, relative_change(state, new))
+        state = new
+        yield fed_back, new
+
+
+def until_settled(nights, state, tol):
+    """not in the paper: each row keeps the state of its first pass that changes its S by no more than a fraction tol.
+
+    nights: from sleep_passes, asked for no more once all rows have settled; state: before the first pass. Returns as
+    sleep() does, without the eviction.
+    """
+    settled = None
+    for fed_back, new in nights:
+        change = relative_change(state, new)  # (B,)
+        if settled is None:
+            settled, slept = torch.zeros_like(change, dtype=torch.bool), torch.zeros_like(change, dtype=torch.int64)
+        else:
+            new = [merge_rows(settled, mine, theirs) for mine, theirs in zip(state, new)]
+        slept, settled, state = slept + ~settled, settled | (change <= tol), new
+        if settled.all():
+            break
+    return fed_back, state, slept
+
+
+def relative_change(old, new):
+    """How much a pass changed the fast weights: |S_new - S_old| / |S_new| over all delta layers, per row, (B,).
+
+    It is relative to all that S holds, so the fuller a memory, the smaller the change that a window makes.
+    """
+    both = [(0 if a.S is None else a.S, b.S) for a, b in zip(old, new) if b.S is not None]
+    moved = sum((b - a).square().sum((1, 2, 3)) for a, b in both)  # (B,)
+    return (moved / sum(b.square().sum((1, 2, 3)) for _, b in both).clamp_min(1e-30)).sqrt()
+
+
+def merge_rows(take, a, b):
+    """A LayerState with the rows of a where take (B,) is true, and those of b elsewhere."""
+
+    def pick(x, y):
+        return y if x is None else torch.where(take.view(-1, *(1,) * (y.dim() - 1)), x, y)
+
+    conv = b.conv and tuple(pick(x, y) for x, y in zip(a.conv, b.conv))
+    return LayerState(S=pick(a.S, b.S), conv=conv, k=pick(a.k, b.k), v=pick(a.v, b.v))
+
+
+# -----------------------------------------------------------------------------
+# answering, and a stream
 
 
 @torch.no_grad()
