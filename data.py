@@ -575,6 +575,21 @@ def digits(value):
 LITERALS = [digits(k) for k in range(LARGEST_LITERAL + 1)]
 
 
+def numbers_in(ids):
+    """The numbers that stand in a text before its solution or answer, a list of int. ids: a list of int."""
+    found, goes_on = [], False
+    for token in ids:
+        if token in (ANSWER, SOLUTION):
+            break
+        is_digit = ZERO <= token < ZERO + 10
+        if is_digit and goes_on:
+            found[-1] = 10 * found[-1] + token - ZERO
+        elif is_digit:
+            found.append(token - ZERO)
+        goes_on = is_digit
+    return found
+
+
 class Dice:
     """Single random numbers from a numpy Generator, drawn in blocks because one at a time is slow."""
 
@@ -1303,9 +1318,12 @@ class GSMInfinite:
 
     def chance(self, x, y, m):
         """The same keys as score -> accuracy of guessing uniformly among the integers that an answer can be (1..99 or
-        1..9999), and of the commonest answer of that op; nan if empty.
+        1..9999), of the commonest answer of that op, and of a number of the text at random; nan if empty.
         """
         labels = self._answers(x, y, m)[1]
+        written = [numbers_in(row) for row in x.tolist()]
+        copied = np.array([numbers.count(label) / len(numbers) for numbers, label in zip(written, labels)])
+        copied = self._by_op(x, copied)
         facts = self.measures(x)
         literal = (facts["reverse"] == 1) | (facts["op"] <= 2)
         guess = self._by_op(x, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
@@ -1315,6 +1333,7 @@ class GSMInfinite:
             levels[key] = {
                 "uniform": float(guess[key].mean()) if some else math.nan,
                 "majority": float(np.bincount(answers).max() / len(answers)) if some else math.nan,
+                "literal": float(copied[key].mean()) if some else math.nan,
             }
         return levels
 

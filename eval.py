@@ -231,8 +231,8 @@ def summarise(task, x, y, m, pred, ce, passes):
     """
     What `predict` returned -> {"rows", "loss", "examples", "passes"}, ready for JSON.
 
-    rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), the accuracy of
-    guessing uniformly and of the majority answer, and the losses of task.losses. A difficulty nobody asked for has no
+    rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), the accuracies of
+    guessing of task.chance, and the losses of task.losses. A difficulty nobody asked for has no
     row.
     loss: mean cross-entropy per scored token, in nats. passes: per sleep, mean.
     """
@@ -317,7 +317,8 @@ def comparison_table(columns, field="accuracy"):
     """
     percent = field == "accuracy"
     scale, digits = (100, 1) if percent else (1, 3)
-    floors = ["uniform", "majority"] if percent else []
+    every = [row for runs in columns.values() for rows in runs for row in rows.values()]
+    floors = [floor for floor in ("uniform", "majority", "literal") if percent and every and floor in every[0]]
     table = [["", "n", *floors, *columns], ["---", *["--:"] * (1 + len(floors) + len(columns))]]
     for key in ordered_keys(columns):
         found = {header: [rows[key] for rows in runs if key in rows] for header, runs in columns.items()}

@@ -1451,7 +1451,7 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
     x, y, m = task.batch(4, "train", 1, 64)
     pred = torch.where(torch.rand(y.shape) < 0.75, y, random_ids(*y.shape, task.vocab_size))
     ce = torch.rand(y.shape)
-    right, loss, scored_loss, labels, uniform = {}, {}, {}, {}, {}
+    right, loss, scored_loss, labels, uniform, literal = {}, {}, {}, {}, {}, {}
 
     def count(key, where, row, label, guess, scored):
         right.setdefault(key, []).append(all(pred[row, p] == y[row, p] for p in where))
@@ -1471,6 +1471,8 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
             (text, _), *_ = gsm_rows(task, x[row : row + 1], y[row : row + 1], m[row : row + 1])
             answer, op, _ = gsm_answer(text)
             where = [p for p in m[row].nonzero().flatten().tolist() if data.ANSWER in x[row, : p + 1]]
+            said = list(map(int, re.findall(r"\d+", text)))
+            literal.setdefault(f"op {op}", []).append(said.count(answer) / len(said))
             count(f"op {op}", where, row, answer, 1 / (99 if text.startswith("if") or op < 3 else 9999), where)
             continue
         successor, queries = parse_depo(task, x[row], y[row], m[row])
@@ -1486,6 +1488,8 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
         if task.name == "depo":
             assert losses[key]["scored_loss"] == pytest.approx(np.mean(scored_loss[key]), rel=1e-5)
         assert chance[key]["uniform"] == pytest.approx(np.mean(uniform[key]))
+        assert ("literal" in chance[key]) == (task.name == "gsm")
+        assert key not in literal or chance[key]["literal"] == pytest.approx(np.mean(literal[key]))
         commonest = max(labels[key].count(label) for label in labels[key])
         if task.name == "rule110":  # always the commonest bit, also where all strings must be right
             bit = max((0, 1), key=labels[f"t={task.t} bit"].count)
