@@ -69,6 +69,11 @@ def pick_device(name):
     return name
 
 
+def autocast(device):
+    """The precision that training uses: bfloat16 where it pays on a GPU, float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
+
 def parse_loop(text):
     """ "2:6" -> (2, 6), None -> None. Raises ValueError otherwise."""
     if text is None:
@@ -659,11 +664,6 @@ def plot(columns, path, problems):
 # what sleeping and answering cost
 
 
-def autocast(device):
-    """The precision that training uses: bfloat16 where it pays on a GPU, float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
-
-
 def milliseconds(call, device, repeats=20):
     """Times of one call in ms, a list; one call before them does not count."""
     times = []
@@ -692,7 +692,7 @@ def time_sleeper(sleeper, device):
     model, keep, L = sleeper.model, sleeper.config.keep, sleeper.L
     ids = torch.randint(model.config.vocab_size, (1, L), device=sleeper.window.device)
     state, times = sleeper.state, {}
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad():
         for name, x in {"sleep full": ids, "sleep one token": ids[:, :1]}.items():
             h = model.embed(x)
             times[name] = milliseconds(lambda h=h: sleep(model, h, state, sleeper.config), device)
@@ -719,22 +719,22 @@ def measure_cost(model, config, Ns, tokens, device):
     """
     rows, L = [], config["L"]
     ends = sorted({n for n in (10**k for k in range(3, 12)) if n < tokens} | {tokens})
-    with tqdm(total=tokens * len(Ns), unit="token", disable=None) as bar:
-        for N in Ns:
-            rng = torch.Generator().manual_seed(0)
-            sleeper, seen = Sleeper(model, sleep_config(config | {"N": N}), L), 0
-            for end in ends:
-                while seen < end:
-                    ids = torch.randint(model.config.vocab_size, (1, min(end - seen, 64 * L)), generator=rng)
-                    with autocast(device):
-                        sleeper.feed(ids)
-                    seen += ids.shape[1]
-                    bar.update(ids.shape[1])
+    sleepers = [Sleeper(model, sleep_config(config | {"N": N}), L) for N in Ns]
+    rng, seen = torch.Generator().manual_seed(0), 0
+    with tqdm(total=tokens, unit="token", disable=None) as bar, autocast(device):
+        for end in ends:
+            while seen < end:
+                ids = torch.randint(model.config.vocab_size, (1, min(end - seen, 64 * L)), generator=rng)
+                for sleeper in sleepers:
+                    sleeper.feed(ids)
+                seen += ids.shape[1]
+                bar.update(ids.shape[1])
+            for N, sleeper in zip(Ns, sleepers):
                 times = time_sleeper(sleeper, device)
                 times = {name: list(np.percentile(ms, (25, 50, 75))) for name, ms in times.items()}
                 size = {"state_bytes": sum(a.numel() * a.element_size() for a in state_tensors(sleeper.state))}
                 rows.append({"N": N, "tokens": end, "ms": times, "cache_bytes": cache_bytes(model, end)} | size)
-    return rows
+    return sorted(rows, key=lambda row: (row["N"], row["tokens"]))
 
 
 def slopes(rows, name):
