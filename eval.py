@@ -571,8 +571,8 @@ def models_of(runs):
 
 def draw_passes(ax, columns):
     """Left panel where models are scored with several N or tol: accuracy against the mean passes of a sleep."""
-    for header, runs in models_of([run for group in columns.values() for run in group]).items():
-        colour = COLOURS.get(runs[0]["config"]["N"], "black")
+    models = models_of([run for group in columns.values() for run in group])
+    for (header, runs), colour in zip(models.items(), itertools.cycle(list(COLOURS.values())[1:])):
         for label, dashes, marker in ((header, "-", "o"), (f"{header}, adaptive", "--", "s")):
             chosen = [run for run in runs if (run["tol"] > 0) == ("adaptive" in label)]
             points = []
