@@ -29,6 +29,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import fields
 
@@ -526,7 +527,9 @@ def looks(columns):
 
 def draw_floors(ax, x, rows, keys, width):
     """Dotted chance levels: one short line per key of rows around x, or one across where x is None."""
-    for floor, colour in (("uniform", "#9ca3af"), ("majority", "#111827")):
+    for floor, colour in (("uniform", "#9ca3af"), ("majority", "#111827"), ("literal", "#a16207")):
+        if floor not in next(iter(rows.values())):
+            continue
         label = f"{floor} guess"
         if x is None:
             ax.axhline(100 * headline(rows, floor), color=colour, linestyle=":", linewidth=1.3, label=label)
@@ -654,7 +657,8 @@ def plot(columns, path, problems):
     t = sorted({run["config"]["t"] for run in runs}) if config["task"] == "rule110" else []
     sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
-    figure.suptitle(f"{sizes}\n{counts(columns)}, {problems}{spread}", fontsize=10)
+    lines = textwrap.wrap(sizes, 110) + [f"{counts(columns)}, {problems}{spread}"]
+    figure.suptitle("\n".join(lines), fontsize=10)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     plt.close(figure)
     os.replace(path + ".tmp", path)
