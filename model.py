@@ -129,7 +129,6 @@ class Attention(nn.Module):
 
         rope: cos and sin for the cache and x; mask: (T, P+T) bool of who sees whom, None for causal without a cache.
         """
-        B, T, _ = x.shape
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, n_head, K), (B, T, n_kv_head, K)
         past = 0 if state.k is None else state.k.shape[1]

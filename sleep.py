@@ -437,7 +437,6 @@ def read_plain(path, device):
     if not os.path.isfile(path):
         raise ValueError(f"no file at {path}")
     damage = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError)
-    damage += (NotImplementedError,)
     try:
         if not zipfile.is_zipfile(path):  # torch.save writes zip files; anything else would be a bare pickle
             raise zipfile.BadZipFile

@@ -2029,7 +2029,8 @@ def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkey
         N = run["config"]["N"]
         assert [len(run["change"])] + [len(row) for row in run["woken"].values()] == [N] * (1 + len(run["woken"]))
         assert all(len(row) == N + 1 and 0 <= min(row) <= max(row) <= 1 for row in run["held"].values())
-        assert run["held"].keys() == run["floor"].keys() == task.hidden(x).keys() or name == "depo"
+        looked_for = list(task.hidden(x)) if name == "rule110" else ["hops 1", "hops 2"]
+        assert list(run["held"]) == list(run["floor"]) == looked_for
     assert "| hops 2 |" in capsys.readouterr().out
 
 
@@ -2494,7 +2495,6 @@ def test_train_draws_N_for_every_step(tmp_path):
     assert drawn != [train.passes_of(step, config_of(DEPO, "--random-N", "--seed", 1)) for step in range(300)]
     assert train.run(config) == 0
     assert [line["passes"] for line in read_log(tmp_path / "run")] == drawn[:20]
-    assert {line["passes"] for line in read_log(tmp_path / "run", "val") if "passes" in line} == set()
     val = read_log(tmp_path / "run", "val")[-1]["scores"]
     assert val["passes"] == 3  # it is judged at its N
     fixed = [train.flops_per_step(config_of(DEPO, "--N", n)) for n in (1, 2, 3)]

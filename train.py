@@ -287,9 +287,7 @@ def difficulty(step, config, levels):
 
 
 def passes_of(step, config):
-    """N of a training step: with --random-N a number from 1..N that depends on seed and step alone."""
-    if not config.random_N:
-        return config.N
+    """N of a training step with --random-N: a number from 1..N that depends on seed and step alone."""
     return int(np.random.default_rng([config.seed, step]).integers(1, config.N + 1))
 
 
@@ -429,8 +427,9 @@ class Trainer:
 
     def train_step(self, micro, count):
         """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm): no host sync here."""
-        plain = self.plain_algorithm
-        plain.config = dataclasses.replace(plain.config, N=passes_of(self.step, self.config))
+        if self.config.random_N:
+            plain = self.plain_algorithm
+            plain.config = dataclasses.replace(plain.config, N=passes_of(self.step, self.config))
         gradients = self.gradients if self.graphs is None else self.replayed_gradients
         out = gradients(micro, count)
         for optimizer, lr in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr)):
