@@ -1083,6 +1083,12 @@ class Problem:
             others = plan.nodes
         self._fit(left, loose)
 
+    def text(self, rng, question):
+        """The token ids of the whole, its sentences shuffled, a list of int. question: "first" or "last"."""
+        order = rng.permutation(len(self.sentences)).tolist()
+        text = [token for i in order for token in self.sentences[i]]
+        return self.questioned + text if question == "first" else text + self.questioned
+
     def _fit(self, left, loose):
         """Fill the last `left` tokens, too few for the next sentence of a plan, with sentences about what is loose."""
         world = World(self.dice, self.names)
@@ -1112,6 +1118,28 @@ class Problem:
         for _ in range(count):
             i = self.dice.below(len(self.sentences))
             self.sentences[i] = [ID[self.dice.pick(OPENERS)], *self.sentences[i]]
+
+
+def lengths_by_chunk(min_length, max_length, L, tail):
+    """The range of lengths whose `tail` scored tokens lie in one chunk of L, for each chunk: a list of (low, high).
+
+    Raises ValueError if no length does.
+    """
+    ranges = []
+    for chunk in range(1, max_length // L + 1):
+        low, high = max(min_length, chunk * L + 1), min(max_length, (chunk + 1) * L - tail + 1)
+        if low <= high:
+            ranges.append((low, high))
+    if not ranges:
+        text = f"{tail} tokens from the end of the text on must lie in one window, and at no length they do"
+        raise ValueError(f"--L is {L}: {text}; change it, --min-length or --max-length")
+    return ranges
+
+
+def one_of(rng, chunks):
+    """One of the ranges (low, high), drawn by how many lengths it holds."""
+    sizes = np.array([high - low + 1 for low, high in chunks])
+    return chunks[rng.choice(len(sizes), p=sizes / sizes.sum())]
 
 
 class GSMInfinite:
@@ -1155,7 +1183,7 @@ class GSMInfinite:
         self.context = (min_length - 1) // L * L  # slept over in every row
         self.T = max_length + self.tail - 1
         self.prompt, self.answer_tokens = "solution:" if worked else "answer:", self.tail
-        self.chunks = self._lengths_by_chunk()
+        self.chunks = lengths_by_chunk(min_length, max_length, L, self.tail)
 
     def _check(self):
         """Refuse sizes that make no sense."""
@@ -1199,25 +1227,14 @@ class GSMInfinite:
         line = 5 + 2 * self.name_words + (6 if self.mode == "forward" else 12)
         return 1 + self.op * line + (0 if self.mode == "forward" else 24)
 
-    def _lengths_by_chunk(self):
-        """The range of lengths with everything scored in one chunk, for each chunk: a list of (low, high)."""
-        ranges = []
-        for chunk in range(1, self.max_length // self.L + 1):
-            low = max(self.min_length, chunk * self.L + 1)
-            high = min(self.max_length, (chunk + 1) * self.L - self.tail + 1)
-            if low <= high:
-                ranges.append((low, high))
-        if not ranges:
-            text = f"{self.tail} tokens from the end of the text on must lie in one window, and at no length they do"
-            raise ValueError(f"--L is {self.L}: {text}; change it, --min-length or --max-length")
-        return ranges
+    def draw(self, rng, split, B, op, chunks=None):
+        """B different problems of at most `op` as (Problem, length); the texts are filled.
 
-    def draw(self, rng, split, B, op):
-        """B different problems of at most `op` as (Problem, length), lengths in one chunk; the texts are filled."""
+        Lengths lie in one of the chunks, a list of (low, high), self.chunks by default.
+        """
         dice, problems, seen = Dice(rng), [], set()
         # not in the paper: a batch with several chunks to choose from takes one, by how many lengths it holds
-        sizes = np.array([high - low + 1 for low, high in self.chunks])
-        low, high = self.chunks[rng.choice(len(sizes), p=sizes / sizes.sum())]
+        low, high = one_of(rng, chunks or self.chunks)
         least = self.min_op or self.op
         most = max(least, op)
         for length in rng.integers(low, high + 1, B).tolist():
@@ -1244,9 +1261,7 @@ class GSMInfinite:
         seq = np.full((B, self.T + 1), PAD)
         m = np.zeros((B, self.T), dtype=bool)
         for row, (problem, length) in enumerate(problems):
-            order = rng.permutation(len(problem.sentences)).tolist()
-            text = [token for i in order for token in problem.sentences[i]]
-            text = problem.questioned + text if self.question == "first" else text + problem.questioned
+            text = problem.text(rng, self.question)
             after = [ANSWER, *digits(problem.answer), END]
             if self.worked:
                 after = [SOLUTION, *(token for line in Reading(text).solve()[1] for token in line), *after]
@@ -1290,7 +1305,7 @@ class GSMInfinite:
         """Text of this grammar -> its token ids, a list of int. Raises ValueError that names the words it has not."""
         return look_up(re.findall(r"<\w+>|[a-z]+:|[a-z]+|\d|\S", text.lower()), ID, self.name)
 
-    def _by_op(self, x, values):
+    def by_op(self, x, values):
         """Sort one value per row by op. x: (B, T) tensor, values: (B,) -> dict of arrays."""
         op = self.measures(x)["op"]
         return {f"op {i}": values[op == i] for i in range(self.min_op or self.op, self.op + 1)}
@@ -1307,13 +1322,13 @@ class GSMInfinite:
 
         With a worked solution that is all of it too: behind the true solution the answer would only have to be copied.
         """
-        return self._by_op(x, ~(m & (pred != y)).any(1).cpu().numpy())
+        return self.by_op(x, ~(m & (pred != y)).any(1).cpu().numpy())
 
     def losses(self, x, y, m, ce):
         """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
         part, ce = self._answers(x, y, m)[0], ce.cpu().numpy()
-        total = self._by_op(x, np.where(part, ce, 0).sum(axis=1))
-        count = self._by_op(x, part.sum(axis=1))
+        total = self.by_op(x, np.where(part, ce, 0).sum(axis=1))
+        count = self.by_op(x, part.sum(axis=1))
         return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
 
     def chance(self, x, y, m):
@@ -1323,12 +1338,12 @@ class GSMInfinite:
         labels = self._answers(x, y, m)[1]
         written = [numbers_in(row) for row in x.tolist()]
         copied = np.array([numbers.count(label) / len(numbers) for numbers, label in zip(written, labels)])
-        copied = self._by_op(x, copied)
+        copied = self.by_op(x, copied)
         facts = self.measures(x)
         literal = (facts["reverse"] == 1) | (facts["op"] <= 2)
-        guess = self._by_op(x, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
+        guess = self.by_op(x, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
         levels = {}
-        for key, answers in self._by_op(x, labels).items():
+        for key, answers in self.by_op(x, labels).items():
             some = len(answers) > 0
             levels[key] = {
                 "uniform": float(guess[key].mean()) if some else math.nan,
@@ -1348,6 +1363,141 @@ class GSMInfinite:
         lines += ["  needed:"] + ["    " + self.plain_text(tokens) for tokens in reading.sentences()]
         lines += ["  step by step:"] + ["    " + self.decode(tokens) for tokens in solution]
         return lines + [f"  then: {self.decode(x[end - 1 : end])} [{self.decode(y[m])}], which is {answer}"]
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a public checkpoint, folder/tokenizer.json. Raises ValueError if it cannot be read."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError("text for a public checkpoint needs one more package: pip install tokenizers") from None
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"no {path}: download the checkpoint's folder with its tokenizer")
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer ({error}): download it again") from None
+
+
+TEXT_END = "<|endoftext|>"
+
+
+class GSMText:
+    """
+    GSM-Infinite as plain text, in the ids of a public checkpoint's tokenizer; answer only. Batches as GSMInfinite's.
+
+        x   What is the number of old owls in iron grove? The number of ... hares in iron fjord. Answer: 4 5
+        y   (scored)                                                                          4   5 <|endoftext|>
+
+    Lengths and L count the tokenizer's tokens. folder: holds its tokenizer.json; vocab_size: the model's; sizes: the
+    arguments of GSMInfinite, a dict. Raises ValueError as GSMInfinite does, and for a tokenizer that does not fit.
+    """
+
+    name, prompt = "gsm", " Answer:"
+
+    def __init__(self, folder, vocab_size, sizes):
+        if sizes["worked"]:
+            raise ValueError("--worked is not for public checkpoints: they learn the answer alone")
+        self.tokenizer, self.vocab_size = read_tokenizer(folder), vocab_size
+        self.min_length, self.max_length, self.L = sizes["min_length"], sizes["max_length"], sizes["L"]
+        self.end = self.tokenizer.token_to_id(TEXT_END)
+        if self.end is None or self.tokenizer.get_vocab_size() > vocab_size:
+            raise ValueError(f"{folder}: its tokenizer has no {TEXT_END}, or more tokens than the model's {vocab_size}")
+        self.tail = 1 + max(map(len, self._encode([f" {value}" for value in range(LARGEST_VALUE + 1)])))
+        self.chunks = lengths_by_chunk(self.min_length, self.max_length, self.L, self.tail)
+        self.answer_tokens, self.T = self.tail, self.max_length + self.tail - 1
+        self.context = (self.min_length - 1) // self.L * self.L  # slept over in every row
+        # how many of the tokenizer's tokens are one of ours, on problems of about this length
+        self.words = GSMInfinite(**sizes | {"L": self.min_length - 1})
+        rng = np.random.default_rng(0)
+        texts = [p.text(rng, self.words.question) for p, _ in self.words.draw(rng, "val", 32, self.words.op)]
+        self.rate = np.mean([len(self._text_ids(text)) / (len(text) + 1) for text in texts])
+        low, high = self.min_length / self.rate, self.max_length / self.rate
+        ours = {"min_length": math.floor(low), "max_length": math.ceil(high), "L": math.floor(low) - 1}
+        self.words = GSMInfinite(**sizes | ours)
+        self.levels = self.words.levels
+
+    def _encode(self, texts):
+        """Texts -> lists of the tokenizer's ids."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def _text_ids(self, text):
+        """Our ids of a text -> the tokenizer's ids of it and the prompt."""
+        return sum(self._encode([self.words.plain_text(text), self.prompt]), [])
+
+    def batch(self, seed, split, s, B, level=None):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). level: the largest op, all by default."""
+        rng, op = batch_rng(seed, split, s), self.words.op if level is None else min(level, self.words.op)
+        chunk = one_of(rng, self.chunks)
+        rows, seen = [], set()
+        for _ in range(200):
+            if len(rows) < B:
+                rows += self._rows(rng, split, B - len(rows), op, chunk, seen)
+        if len(rows) < B:
+            raise ValueError(
+                f"too few problems have {chunk[0]} to {chunk[1]} tokens: lower --min-length or raise --max-length"
+            )
+        seq, m = np.full((B, self.T + 1), self.end), np.zeros((B, self.T), dtype=bool)
+        for row, (ids, answer) in enumerate(rows):
+            seq[row, : len(ids) + len(answer)] = ids + answer
+            m[row, len(ids) - 1 : len(ids) + len(answer) - 1] = True
+        return as_tensors(seq[:, :-1], seq[:, 1:], m)
+
+    def _rows(self, rng, split, B, op, chunk, seen):
+        """Up to B rows with a length in the chunk's range that were not seen before: lists of (ids, answer's ids)."""
+        low, high = (min(max(round(n / self.rate), self.words.min_length), self.words.max_length) for n in chunk)
+        problems = self.words.draw(rng, split, B, op, [(low, high)])
+        prompts = [self._text_ids(problem.text(rng, self.words.question)) for problem, _ in problems]
+        answers = self._encode([f" {problem.answer}" for problem, _ in problems])
+        rows = []
+        for ids, answer, (problem, _) in zip(prompts, answers, problems):
+            key = hash_sentences(problem.sentences)
+            if chunk[0] <= len(ids) <= chunk[1] and key not in seen:
+                seen.add(key)
+                rows.append((ids, [*answer, self.end]))
+        return rows
+
+    def decode(self, ids):
+        """Token ids (any 1-d sequence) -> str."""
+        return self.tokenizer.decode([int(i) for i in ids]).strip()
+
+    def encode(self, text):
+        """Any text -> its token ids, a list of int."""
+        return self._encode([text])[0]
+
+    def own(self, x, y, m):
+        """The batch that GSMInfinite would have made of these problems: x, y, m, torch CPU tensors."""
+        rows = []
+        for ids, target, scored in zip(x, y, m):
+            text = self.decode(ids[: int(scored.nonzero()[0]) + 1]).removesuffix(self.prompt)
+            answer = self.decode(target[scored]).replace(TEXT_END, "")
+            rows.append((self.words.encode(text) + [ANSWER], [*digits(int(answer)), END]))
+        length = max(len(text) + len(answer) for text, answer in rows)
+        seq, scored = np.full((len(x), length), PAD), np.zeros((len(x), length - 1), dtype=bool)
+        for row, (text, answer) in enumerate(rows):
+            seq[row, : len(text) + len(answer)] = text + answer
+            scored[row, len(text) - 1 : len(text) + len(answer) - 1] = True
+        return as_tensors(seq[:, :-1], seq[:, 1:], scored)
+
+    def score(self, x, y, m, pred):
+        """All four (B, T) -> {"op k": bool array}: is every scored token right, hence the answer exact?"""
+        return self.words.by_op(self.own(x, y, m)[0], ~(m & (pred != y)).any(1).cpu().numpy())
+
+    def losses(self, x, y, m, ce):
+        """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
+        own, m = self.own(x, y, m)[0], m.cpu()
+        total = self.words.by_op(own, (ce.cpu() * m).sum(1).numpy())
+        count = self.words.by_op(own, m.sum(1).numpy())
+        return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
+
+    def chance(self, x, y, m):
+        """The same keys as score -> the accuracies of guessing, see GSMInfinite.chance."""
+        return self.words.chance(*self.own(x, y, m))
+
+    def explain(self, x, y, m):
+        """One example, x, y, m (T,), as lines for a person, see GSMInfinite.explain."""
+        return self.words.explain(*(a[0] for a in self.own(x[None], y[None], m[None])))
 
 
 # -----------------------------------------------------------------------------

@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit
-from model import Model, ModelConfig
+from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit
+from model import PRETRAINED, Model, ModelConfig
 from sleep import (
     Algorithm1,
     SleepConfig,
@@ -48,7 +48,6 @@ from sleep import (
     kept_tokens,
     read_plain,
     relative_change,
-    scored_part,
     sleep,
     sleep_passes,
     split_chunks,
@@ -90,11 +89,23 @@ def build_task(config):
     """The task object that a run's flags (a dict) describe. Raises ValueError for sizes that make no sense."""
     if config["task"] not in TASKS:
         raise ValueError(f"unknown task {config['task']!r}: use one of {', '.join(TASKS)}")
-    return TASKS[config["task"]](**{size: config[size] for size in EXAMPLE_SIZES[config["task"]]})
+    sizes = {size: config[size] for size in EXAMPLE_SIZES[config["task"]]}
+    if config["init_from"]:
+        return GSMText(config["init_dir"], public_config(config).vocab_size, sizes)
+    return TASKS[config["task"]](**sizes)
+
+
+def public_config(config):
+    """The ModelConfig of the public checkpoint that a run began with. Raises ValueError for an unknown one."""
+    if config["init_from"] not in PRETRAINED:
+        raise ValueError(f"unknown checkpoint {config['init_from']!r}: use one of {', '.join(PRETRAINED)}")
+    return PRETRAINED[config["init_from"]].config
 
 
 def model_config(config, task):
     """The architecture that a run's flags (a dict) describe. Raises ValueError where ModelConfig does."""
+    if config["init_from"]:
+        return public_config(config)
     names = [f.name for f in fields(ModelConfig) if f.name in config]
     n_pos = config["L"] if config["positions"] else 0
     return ModelConfig(task.vocab_size, n_pos=n_pos, **{name: config[name] for name in names})
@@ -102,7 +113,9 @@ def model_config(config, task):
 
 # flags that older checkpoints do not know, with the values that describe what those runs did
 LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", grow=0.0)
-LATER_FLAGS |= dict(start_from=None, mode="both", difficulty="both", question="first", worked=False)
+LATER_FLAGS |= dict(
+    init_from=None, init_dir=None, start_from=None, mode="both", difficulty="both", question="first", worked=False
+)
 
 
 def read_checkpoint(path, device):
@@ -200,9 +213,9 @@ def predict(algorithm, task, split, L, n, seed, batch):
     Put n problems of a split to a model, on the device it is on, as an Algorithm1 with windows of L tokens.
 
     Returns CPU tensors x, y, m, pred, ce, each (n, T): inputs, targets, which are scored, the likeliest next token
-    (-1 where the model slept) and the cross-entropy in nats, float32 (0 where it is not scored); and the mean passes of
-    a problem's sleeps (n,). The model is run eagerly and left in the mode it was in; no random number of torch is
-    drawn. Raises ValueError as split_chunks does.
+    (-1 where it was not asked for) and the cross-entropy in nats, float32 (0 where it is not scored); and the mean
+    passes of a problem's sleeps (n,). The model is run eagerly and left in the mode it was in; no random number of
+    torch is drawn. Raises ValueError as split_chunks does.
     """
     model = algorithm.model
     device, training = next(model.parameters()).device, model.training
@@ -223,14 +236,12 @@ def predict(algorithm, task, split, L, n, seed, batch):
 
 def answers(algorithm, x, y, m, chunks, device):
     """One batch of `predict`: x, y, m (B, T) on the CPU -> pred, ce (B, T) and passes (B,) on the CPU."""
-    logits, stats = algorithm.logits(x.to(device), chunks)
-    logits = logits.float()  # (B, T_pred, vocab_size)
-    target = scored_part(y.masked_fill(~m, -100), chunks).to(device)  # (B, T_pred)
-    column = scored_part(torch.arange(x.shape[1])[None], chunks)[0]  # (T_pred,), where the prediction chunks lie
-    pred, ce = torch.full_like(x, -1), torch.zeros(x.shape)
-    pred[:, column] = logits.argmax(-1).cpu()
-    ce[:, column] = F.cross_entropy(logits.mT, target, ignore_index=-100, reduction="none").cpu()
-    return pred, ce, stats["passes"].cpu()
+    logits, positions, stats = algorithm.logits(x.to(device), m.to(device), chunks)
+    logits, positions = logits.float(), positions.cpu()  # (B, T_pred, vocab_size), (B, T_pred)
+    target = y.masked_fill(~m, -100).gather(1, positions).to(device)
+    ce = F.cross_entropy(logits.mT, target, ignore_index=-100, reduction="none").cpu()
+    pred = torch.full_like(x, -1).scatter(1, positions, logits.argmax(-1).cpu())
+    return pred, torch.zeros(x.shape).scatter(1, positions, ce), stats["passes"].cpu()
 
 
 def summarise(task, x, y, m, pred, ce, passes):
@@ -711,8 +722,9 @@ def time_sleeper(sleeper, device):
 
 def cache_bytes(model, tokens):
     """What the attention layers' keys and values of a text would take if none were evicted."""
-    c = model.config
-    return c.pattern.count("A") * 2 * tokens * c.n_kv_head * (c.d_model // c.n_head) * model.embedding.weight.itemsize
+    attention = [block.mixer for block in model.layers if block.attends]
+    numbers = sum(2 * min(tokens, mixer.window) * mixer.k_proj.out_features for mixer in attention)
+    return numbers * model.embedding.weight.itemsize
 
 
 def measure_cost(model, config, Ns, tokens, device):
@@ -805,7 +817,7 @@ def memories(model, task, config, split, seed, n):
     the CPU; and how much each pass changed each delta layer's, relative, (N, delta layers), averaged over problems.
     """
     rules, L, device = sleep_config(config), config["L"], model.embedding.weight.device
-    deltas = [i for i, kind in enumerate(model.config.pattern) if kind == "D"]
+    deltas = [i for i, kind in enumerate(model.config.pattern.upper()) if kind == "D"]
     xs, memory, changes = [], [[] for _ in range(rules.N + 1)], torch.zeros(rules.N, len(deltas), device=device)
     for s in tqdm(range(math.ceil(n / BATCH)), "memories", leave=False, disable=None):
         x = task.batch(seed, split, s, BATCH)[0][: n - s * BATCH]
@@ -892,7 +904,7 @@ def probe_panels(results):
     def mean(part, key):
         return list(100 * np.mean([run[part][key] for run in results], 0))
 
-    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"]) if kind == "D"]
+    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"].upper()) if kind == "D"]
     change = 100 * np.mean([run["change"] for run in results], 0).T  # (delta layers, N)
     passes = [str(n) for n in range(N + 1)]
     return [
@@ -949,7 +961,7 @@ def report_probe(args, loaded):
         raise ValueError("--probe averages over seeds: give runs that differ in nothing else")
     if config["loop"] or args.split == "train":
         raise ValueError("--probe needs a run without --loop, and --split val or test: its probe is fitted to train")
-    numbers = config["pattern"].count("D") * config["d_model"] ** 2 // config["n_head"]
+    numbers = sum(math.prod(block.mixer.S_shape(1)) for block in model.layers if not block.attends)
     if numbers > PROBE_LIMIT:
         raise ValueError(f"--probe solves for the numbers of a memory, {numbers} here: {PROBE_LIMIT} is the most")
     results = [probe(*each, args) for each in zip(args.runs, loaded)]

@@ -9,7 +9,8 @@ explicit: `blocks` takes a state and returns a new one, and the caller decides w
 
 A layer pattern such as "ADAD" names the mixer of each block: A attention, D delta. Every block is
 h += mixer(norm(h)); h += mlp(norm(h)). Based on arXiv:2605.26099 section 2 (the hybrid) and arXiv:2412.06464 (Gated
-DeltaNet). Read next: sleep.py
+DeltaNet). The forms of public checkpoints that differ from that are options, set by the table at the end.
+Read next: sleep.py
 """
 
 import functools
@@ -29,10 +30,10 @@ from kernels import delta_rule
 
 @dataclass
 class ModelConfig:
-    """The architecture; a flag of train.py each, but for vocab_size (the task's) and n_pos (--positions)."""
+    """The architecture. Up to rope_theta a flag of train.py each, but for vocab_size, which is the task's."""
 
     vocab_size: int
-    pattern: str = "ADAD"  # mixer per block: A attention, D delta
+    pattern: str = "ADAD"  # per block: A attention, D delta; W attention within `window`, d delta without an MLP
     d_model: int = 256
     n_head: int = 4  # K = V = d_model / n_head
     n_kv_head: int = 4  # grouped attention heads: n_head / n_kv_head queries share one key and value
@@ -40,40 +41,76 @@ class ModelConfig:
     conv: int = 4  # taps of the short convolution before q, k and v of a delta layer
     rope_theta: float = 10000.0
     n_pos: int = 0  # not in the paper: learned positions inside a window, added to the embedding; 0: rotary only
+    # the forms of public checkpoints
+    head_dim: int = 0  # of attention; 0: d_model / n_head
+    rope_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
+    window: int = 0  # tokens that a W block's attention sees, itself included
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    attention_gate: bool = False  # what attention reads is multiplied by sigmoid(gate(x))
+    delta_heads: int = 0  # of q and k in a delta layer; 0: n_head
+    value_heads: int = 0  # of v, the gates and S, a multiple of delta_heads; 0: delta_heads
+    key_dim: int = 0  # K of a delta layer; 0: d_model / n_head
+    value_dim: int = 0  # V of a delta layer; 0: key_dim
+    dynamic_conv: int = 0  # width of the net that makes v's filter for each token (q and k have none); 0: all static
+    norm_eps: float = 1e-6
+    delta_norm_eps: float = 1e-6
+    zero_centred: bool = False  # norms multiply by 1 + weight
+    sandwich: bool = False  # a norm on what mixer and MLP add, too
+    norm_loop: bool = False  # the final norm is inside the loop: a pass starts from the normalised features of the last
+    tied: bool = False  # the head is the embedding
 
     def __post_init__(self):
         self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
-        if not self.pattern or set(self.pattern) - set("AD"):
+        if not self.pattern or set(self.pattern) - set("AWDd"):
             raise ValueError(
                 f"pattern {self.pattern!r}: use one A (attention) or D (delta) per block, for example ADAD"
             )
-        if self.d_model % (2 * self.n_head):
+        if "W" in self.pattern and not self.window:
+            raise ValueError(f"pattern {self.pattern!r} has sliding-window attention (W), which --init-from alone sets")
+        if not self.head_dim and self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}")
         if self.conv < 1 or self.d_mlp < 0 or self.n_kv_head < 1 or not 1 < self.rope_theta < math.inf:
             raise ValueError("conv and n_kv_head must be at least 1, d_mlp at least 0 and rope_theta above 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        self.rope_dim = self.rope_dim or self.head_dim
+        self.delta_heads = self.delta_heads or self.n_head
+        self.value_heads = self.value_heads or self.delta_heads
+        self.key_dim = self.key_dim or self.d_model // self.n_head
+        self.value_dim = self.value_dim or self.key_dim
 
 
 class LayerState(NamedTuple):
     """What one layer carries from token to token. None is the start of a sequence: S = 0, empty cache, zero history."""
 
     S: torch.Tensor | None = None  # delta: fast weights (B, H, K, V)
-    conv: tuple | None = None  # delta: the last conv-1 inputs of the q, k and v convolutions, each (B, conv-1, H*K)
+    conv: tuple | None = None  # delta: the last conv-1 inputs of q's, k's and v's convolution, each (B, conv-1, H*K)
     k: torch.Tensor | None = None  # attention: keys before RoPE, (B, P, n_kv_head, K)
     v: torch.Tensor | None = None  # attention: values, same shape
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 whatever the autocast dtype."""
+    """x / rms(x) * weight over the last dimension, in float32 whatever the autocast dtype.
 
-    def __init__(self, dim):
+    zero_centred: times 1 + weight instead.
+    """
+
+    def __init__(self, dim, eps=1e-6, zero_centred=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.zero_centred = eps, zero_centred
+        self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x):
         x32 = x.to(self.weight.dtype)
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6) * self.weight).to(x.dtype)
+        scale = 1 + self.weight if self.zero_centred else self.weight
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * scale).to(x.dtype)
+
+
+def make_norm(config, dim):
+    """The RMSNorm of this architecture for features of size dim."""
+    return RMSNorm(dim, config.norm_eps, config.zero_centred)
 
 
 def l2norm(x):
@@ -83,7 +120,10 @@ def l2norm(x):
 
 
 def project(x, *layers):
-    """What several nn.Linear without bias make of one x (..., d), as one matrix product: a tuple, (..., out) each."""
+    """What several nn.Linear make of one x (..., d), small ones as one matrix product: a tuple, (..., out) each."""
+    if x.shape[-1] >= 1024 or layers[0].bias is not None:
+        # large products gain nothing from it, and autocast can keep its copy of a weight for all passes
+        return tuple(layer(x) for layer in layers)
     y = F.linear(x, torch.cat([layer.weight for layer in layers]))
     return y.split([layer.out_features for layer in layers], -1)
 
@@ -97,31 +137,37 @@ def rope_table(length, dim, theta, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """RoPE, half-split layout. x (B, T, H, K); cos, sin (T, 1, K/2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    """RoPE, half-split layout, of the first 2R dimensions. x (B, T, H, K); cos, sin (T, 1, R)."""
+    dim = 2 * cos.shape[-1]
+    a, b = x[..., :dim].chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., dim:]), -1).to(x.dtype)
 
 
 def attention_mask(T, past, window, causal, device):
     """Which of `past` cached and T new tokens each new one sees, (T, past + T) bool; None if plain causal will do."""
-    if causal and not past and (window is None or T <= window):
+    if causal and not past and T <= window:
         return None
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device)
     mask = mask.tril(past) if causal else mask
-    return mask if window is None else mask.triu(past + 1 - window)
+    return mask if past + T <= window else mask.triu(past + 1 - window)
 
 
 class Attention(nn.Module):
-    """Causal RoPE attention over the kept cache and the new tokens; grouped heads; q and k RMS-normalised per head."""
+    """Causal RoPE attention over the kept cache and the new tokens; grouped heads; q and k RMS-normalised per head.
 
-    def __init__(self, config):
+    window: tokens that it sees, itself included; inf for all. Model makes the mask for it.
+    """
+
+    def __init__(self, config, window):
         super().__init__()
-        self.head_dim = config.d_model // config.n_head
-        self.q_proj = nn.Linear(config.d_model, config.n_head * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.n_kv_head * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.n_kv_head * self.head_dim, bias=False)
-        self.q_norm = RMSNorm(self.head_dim)
-        self.k_norm = RMSNorm(self.head_dim)
+        self.head_dim, self.window, bias = config.head_dim, window, config.qkv_bias
+        self.q_proj = nn.Linear(config.d_model, config.n_head * self.head_dim, bias)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_head * self.head_dim, bias)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_head * self.head_dim, bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        gated = config.attention_gate
+        self.gate_proj = nn.Linear(config.d_model, config.n_head * self.head_dim, bias=False) if gated else None
         self.out_proj = nn.Linear(config.n_head * self.head_dim, config.d_model, bias=False)
 
     def forward(self, x, state, rope, mask):
@@ -144,22 +190,57 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=q.shape[2] != k.shape[2],
         )  # (B, n_head, T, K)
-        return self.out_proj(o.transpose(1, 2).flatten(2)), LayerState(k=k, v=v)
+        o = o.transpose(1, 2).flatten(2)  # (B, T, n_head * K)
+        if self.gate_proj is not None:
+            o = o * torch.sigmoid(self.gate_proj(x))
+        return self.out_proj(o), LayerState(k=k, v=v)
+
+
+def short_conv(x, history, weight):
+    """Depthwise causal convolution over the last few tokens, then SiLU.
+
+    x (B, T, C); history (B, taps-1, C) or None for zeros; weight (C, taps), or a filter for each token (B, T, C, taps),
+    of which tap -1 is the current token. Returns (B, T, C) and the new history.
+    """
+    T, taps = x.shape[1], weight.shape[-1]
+    x = F.pad(x, (0, 0, taps - 1, 0)) if history is None else torch.cat((history, x), 1)
+    y = sum(x[:, j : j + T] * weight[..., j] for j in range(taps))
+    return F.silu(y).to(x.dtype), x[:, T:]  # the weights are float32, x may not be
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over the last few tokens, then SiLU."""
+    """short_conv with one filter for all tokens."""
 
     def __init__(self, dim, taps):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, taps))  # tap -1 is the current token
+        self.weight = nn.Parameter(torch.empty(dim, taps))
 
-    def forward(self, x, history):
-        """x (B, T, C), history (B, taps-1, C) or None for zeros -> (B, T, C) and the new history."""
-        T, taps = x.shape[1], self.weight.shape[1]
-        x = F.pad(x, (0, 0, taps - 1, 0)) if history is None else torch.cat((history, x), 1)
-        y = sum(x[:, j : j + T] * self.weight[:, j] for j in range(taps))
-        return F.silu(y).to(x.dtype), x[:, T:]  # the weights are float32, x may not be
+    def forward(self, x, history, source):
+        """x (B, T, C) -> (B, T, C) and the new history, see short_conv; source is for the other one."""
+        return short_conv(x, history, self.weight)
+
+
+class DynamicConv(nn.Module):
+    """short_conv with a filter that a small net makes for each token from what x was made from (Jet-Nemotron)."""
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.taps = config.conv
+        self.in_proj = nn.Linear(config.d_model, config.dynamic_conv, bias=False)
+        self.taps_proj = nn.Linear(config.dynamic_conv, dim * self.taps)
+
+    def forward(self, x, history, source):
+        """x (B, T, C), source (B, T, d_model) -> (B, T, C) and the new history, see short_conv."""
+        weight = self.taps_proj(F.silu(self.in_proj(source))).unflatten(-1, (-1, self.taps))  # (B, T, C, taps)
+        return short_conv(x, history, weight)
+
+
+class NoConv(nn.Module):
+    """SiLU alone, where the others convolve."""
+
+    def forward(self, x, history, source):
+        """x (B, T, C) -> (B, T, C) and no history."""
+        return F.silu(x), None
 
 
 class GatedDeltaNet(nn.Module):
@@ -167,29 +248,39 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_head = config.d_model, config.n_head
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, d, bias=False)
-        self.v_proj = nn.Linear(d, d, bias=False)
-        self.conv_q = ShortConv(d, config.conv)
-        self.conv_k = ShortConv(d, config.conv)
-        self.conv_v = ShortConv(d, config.conv)
-        self.a_proj = nn.Linear(d, config.n_head, bias=False)  # forget gate
-        self.b_proj = nn.Linear(d, config.n_head, bias=False)  # write gate
-        self.A_log = nn.Parameter(torch.empty(config.n_head))
-        self.dt_bias = nn.Parameter(torch.empty(config.n_head))
-        self.gate_proj = nn.Linear(d, d, bias=False)
-        self.norm = RMSNorm(d // config.n_head)
-        self.out_proj = nn.Linear(d, d, bias=False)
+        d, self.n_head = config.d_model, config.value_heads
+        self.key_dim, self.value_dim, self.group = config.key_dim, config.value_dim, self.n_head // config.delta_heads
+        keys, values = config.delta_heads * self.key_dim, self.n_head * self.value_dim
+        self.q_proj = nn.Linear(d, keys, bias=False)
+        self.k_proj = nn.Linear(d, keys, bias=False)
+        self.v_proj = nn.Linear(d, values, bias=False)
+        self.conv_q = NoConv() if config.dynamic_conv else ShortConv(keys, config.conv)
+        self.conv_k = NoConv() if config.dynamic_conv else ShortConv(keys, config.conv)
+        self.conv_v = DynamicConv(config, values) if config.dynamic_conv else ShortConv(values, config.conv)
+        self.a_proj = nn.Linear(d, self.n_head, bias=False)  # forget gate
+        self.b_proj = nn.Linear(d, self.n_head, bias=False)  # write gate
+        self.A_log = nn.Parameter(torch.empty(self.n_head))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_head))
+        self.gate_proj = nn.Linear(d, values, bias=False)
+        self.norm = RMSNorm(self.value_dim, config.delta_norm_eps)
+        self.out_proj = nn.Linear(values, d, bias=False)
+
+    def S_shape(self, rows):
+        """The shape of the fast weights of some rows: (B, H, K, V)."""
+        return rows, self.n_head, self.key_dim, self.value_dim
 
     def zero_S(self, x):
         """S at the start of a sequence, (B, H, K, V), for features x (B, T, d_model).
 
         Nobody asks for its gradient, but with one the first pass is a pass like any other: one compilation for both.
         """
-        dim = x.shape[-1] // self.n_head
-        S = torch.zeros(x.shape[0], self.n_head, dim, dim, dtype=self.A_log.dtype, device=x.device)
+        S = torch.zeros(self.S_shape(len(x)), dtype=self.A_log.dtype, device=x.device)
         return S.requires_grad_(torch.is_grad_enabled())
+
+    def keys(self, x):
+        """q or k before its norm (B, T, C) -> (B, T, H, K), L2-normalised, each for its group of value heads."""
+        x = l2norm(x.unflatten(-1, (-1, self.key_dim)))
+        return x if self.group == 1 else x.repeat_interleave(self.group, 2)
 
     def gates(self, a, b):
         """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H) and at least float32."""
@@ -202,19 +293,19 @@ class GatedDeltaNet(nn.Module):
         With write_only nothing is read: the output is None and only S is in the new state. That is the last write of a
         sleeping chunk, whose features nobody will see.
         """
-        heads = (*x.shape[:2], self.n_head, -1)
+        heads = (*x.shape[:2], self.n_head, self.value_dim)
         history = state.conv or (None, None, None)
         write = self.k_proj, self.v_proj, self.a_proj, self.b_proj
         k, v, a, b, *read = project(x, *write, *(() if write_only else (self.q_proj, self.gate_proj)))
-        k, history_k = self.conv_k(k, history[1])
-        v, history_v = self.conv_v(v, history[2])
-        k, v = l2norm(k.view(heads)), v.view(heads)  # (B, T, H, K), (B, T, H, V)
+        k, history_k = self.conv_k(k, history[1], x)
+        v, history_v = self.conv_v(v, history[2], x)
+        k, v = self.keys(k), v.view(heads)  # (B, T, H, K), (B, T, H, V)
         g, beta = self.gates(a, b)
         if write_only:
             return None, LayerState(S=delta_rule(None, k, v, g, beta, state.S)[1])
         q, gate = read
-        q, history_q = self.conv_q(q, history[0])
-        q = l2norm(q.view(heads)) * k.shape[-1] ** -0.5
+        q, history_q = self.conv_q(q, history[0], x)
+        q = self.keys(q) * self.key_dim**-0.5
         o, S = delta_rule(q, k, v, g, beta, state.S)
         o = self.norm(o) * F.silu(gate).view(heads)
         return self.out_proj(o.flatten(2)), LayerState(S=S, conv=(history_q, history_k, history_v))
@@ -236,15 +327,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """h += mixer(norm(h)); h += mlp(norm(h)), with the mixer that `kind` names."""
+    """h += mixer(norm(h)); h += mlp(norm(h)), with the mixer that `kind` names.
+
+    Sandwiched, mixer and MLP each have a second norm on their output. A "d" block ends after the mixer, without one.
+    """
 
     def __init__(self, config, kind):
         super().__init__()
-        self.kind = kind
-        self.norm_mixer = RMSNorm(config.d_model)
-        self.mixer = Attention(config) if kind == "A" else GatedDeltaNet(config)
-        self.norm_mlp = RMSNorm(config.d_model)
-        self.mlp = MLP(config)
+        self.attends, has_mlp, d = kind in "AW", kind != "d", config.d_model
+        sandwich = config.sandwich and has_mlp
+        self.norm_mixer = make_norm(config, d)
+        window = config.window if kind == "W" else math.inf
+        self.mixer = Attention(config, window) if self.attends else GatedDeltaNet(config)
+        self.norm_mixer_out = make_norm(config, d) if sandwich else nn.Identity()
+        self.norm_mlp = make_norm(config, d) if has_mlp else None
+        self.mlp = MLP(config) if has_mlp else None
+        self.norm_mlp_out = make_norm(config, d) if sandwich else nn.Identity()
 
     def forward(self, h, state, rope=None, mask=None, write_only=False):
         """h (B, T, d_model) -> h, new LayerState. rope, mask: an attention block's; write_only: a delta block's.
@@ -252,11 +350,11 @@ class Block(nn.Module):
         With write_only, only S is computed, and h comes back None.
         """
         x = self.norm_mixer(h)
-        y, state = self.mixer(x, state, rope, mask) if self.kind == "A" else self.mixer(x, state, write_only)
+        y, state = self.mixer(x, state, rope, mask) if self.attends else self.mixer(x, state, write_only)
         if write_only:
             return None, state
-        h = h + y
-        return h + self.mlp(self.norm_mlp(h)), state
+        h = h + self.norm_mixer_out(y)
+        return h if self.mlp is None else h + self.norm_mlp_out(self.mlp(self.norm_mlp(h))), state
 
 
 class Model(nn.Module):
@@ -268,11 +366,17 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.n_pos, config.d_model) if config.n_pos else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.pattern)
-        self.norm = RMSNorm(config.d_model)
+        self.norm = make_norm(config, config.d_model)
         self.head_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie()
         self.apply(functools.partial(init_weights, n_layer=len(config.pattern)))
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.25)  # below the embedding's: what a token is counts for more
+
+    def tie(self):
+        """Make the head the embedding, where the architecture says so."""
+        if self.config.tied:
+            self.head_proj.weight = self.embedding.weight
 
     def embed(self, x, start=0):
         """Token ids (B, T), the first of them token number `start` of its window -> features (B, T, d_model).
@@ -292,21 +396,22 @@ class Model(nn.Module):
         """The state at the start of a sequence: one empty LayerState per block."""
         return [LayerState() for _ in self.layers]
 
-    def blocks(self, h, state, layers=None, write_only=False, window=None, causal=True):
+    def blocks(self, h, state, layers=None, write_only=False, window=math.inf, causal=True):
         """Run some of the blocks once, in order.
 
         h (B, T, d_model); state: a LayerState per block of the model; layers: the indices to run, all by default.
         write_only: the last of them is a delta block of which only the write to S is wanted; h comes back None.
-        window: tokens that attention sees, itself included; None for all that are in the cache. causal=False: attention
-        also sees the later tokens of h, all of them.
+        window: tokens that attention sees at most, itself included. causal=False: attention also sees the later tokens
+        of h, all of them.
         Returns h and a new state in which the blocks that did not run keep theirs. `state` itself is not changed.
         """
         layers = range(len(self.layers)) if layers is None else layers
         state, T = list(state), h.shape[1]
         for i in layers:
-            if self.layers[i].kind == "A":
+            if self.layers[i].attends:
                 past = 0 if state[i].k is None else state[i].k.shape[1]
-                mask = attention_mask(T, past, window, causal, h.device)
+                seen = min(self.layers[i].mixer.window, window)
+                mask = attention_mask(T, past, seen, causal, h.device)
                 h, state[i] = self.layers[i](h, state[i], self.rope(past + T, h), mask)
                 continue
             if state[i].S is None:
@@ -317,7 +422,11 @@ class Model(nn.Module):
     def rope(self, length, h):
         """The cached rotation table for `length` positions, on h's device; never below float32."""
         dtype = torch.promote_types(h.dtype, torch.float32)
-        return rope_table(length, self.config.d_model // self.config.n_head, self.config.rope_theta, h.device, dtype)
+        return rope_table(length, self.config.rope_dim, self.config.rope_theta, h.device, dtype)
+
+    def feed_back(self, h):
+        """What a pass begins with, from the features the one before ended with: those, or normalised (norm_loop)."""
+        return self.norm(h) if self.config.norm_loop else h
 
     def head(self, h):
         """Features (B, T, d_model) -> logits (B, T, vocab_size), never below float32: near chance, ties matter."""
@@ -338,10 +447,17 @@ def init_weights(module, n_layer):
     """Initialise one module; Model applies it to all of them."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.in_features))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, RMSNorm):
+        nn.init.constant_(module.weight, 0.0 if module.zero_centred else 1.0)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5)
     elif isinstance(module, ShortConv):
         nn.init.uniform_(module.weight, -0.5, 0.5)
+    elif isinstance(module, DynamicConv):
+        nn.init.zeros_(module.taps_proj.weight)  # a static filter at first
+        nn.init.uniform_(module.taps_proj.bias, -0.5, 0.5)
     elif isinstance(module, GatedDeltaNet):
         # not in the paper: Gated DeltaNet draws A from U(0, 16), and then many a head forgets within a few tokens. S
         # has to outlive N passes over a window, so we start slower; and not at 0, where a head could not learn to
@@ -351,3 +467,42 @@ def init_weights(module, n_layer):
     # apply() visits children first, so a block's small output projections overwrite what nn.Linear got above
     if isinstance(module, Attention | GatedDeltaNet | MLP):
         nn.init.normal_(module.out_proj.weight, std=0.02 / math.sqrt(2 * n_layer))
+
+
+# -----------------------------------------------------------------------------
+# public checkpoints that training can start from (train.py --init-from)
+
+
+class Pretrained(NamedTuple):
+    """A public checkpoint: its architecture, `model_type` in its config.json, and the blocks that are looped."""
+
+    config: ModelConfig
+    model_type: str
+    loop: str  # first:last+1
+    repo: str  # on huggingface.co
+    licence: str
+
+
+QWEN = dict(n_head=8, n_kv_head=2, head_dim=256, rope_dim=64, rope_theta=1e7, attention_gate=True, delta_heads=16,
+            key_dim=128, zero_centred=True, tied=True)  # fmt: skip
+JET = dict(qk_norm=False, rope_theta=1e6, value_dim=256, delta_norm_eps=1e-5)
+NVIDIA = "NVIDIA licence: research and evaluation only, also for what is trained from it"
+
+PRETRAINED = {
+    # not in the paper: of six groups of four blocks the middle four are looped
+    "qwen3.5-0.8b": Pretrained(
+        ModelConfig(248_320, 6 * "DDDA", d_model=1024, d_mlp=3584, **QWEN),
+        "qwen3_5_text", "4:20", "Qwen/Qwen3.5-0.8B", "Apache-2.0"),
+    "qwen3.5-2b": Pretrained(
+        ModelConfig(248_320, 6 * "DDDA", d_model=2048, d_mlp=6144, **QWEN),
+        "qwen3_5_text", "4:20", "Qwen/Qwen3.5-2B", "Apache-2.0"),
+    # not in the paper: where its six delta blocks stand, and their size (8 % more parameters here)
+    "ouro-1.4b": Pretrained(
+        ModelConfig(49_152, 6 * "AAAAd", 2048, 16, 16, 5632, delta_heads=8, key_dim=128, dynamic_conv=256,
+                    sandwich=True, norm_loop=True, **JET),
+        "ouro", "0:30", "ByteDance/Ouro-1.4B", "Apache-2.0"),
+    "jet-nemotron-2b": Pretrained(
+        ModelConfig(151_936, 14 * "D" + "ADDDDAWW" + 6 * "D", 1536, 12, 2, 8960, delta_heads=12, key_dim=96,
+                    dynamic_conv=384, window=1152, qkv_bias=True, tied=True, **JET),
+        "jet_nemotron", "7:21", "jet-ai/Jet-Nemotron-2B", NVIDIA),
+}  # fmt: skip

@@ -26,11 +26,16 @@ from model import LayerState
 
 
 class Chunk(NamedTuple):
-    """Tokens start..stop-1 of the sequence; predicts: some of them are scored (else: sleep over them)."""
+    """Tokens start..stop-1 of the sequence.
+
+    heads: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk. All,
+    or, where a quarter or less is scored, only so many that hold the scored ones (a multiple of 8, so that few shapes
+    occur): with the vocabulary of a public checkpoint the head costs more than a block.
+    """
 
     start: int
     stop: int
-    predicts: bool
+    heads: int
 
 
 def split_chunks(m, L):
@@ -45,11 +50,12 @@ def split_chunks(m, L):
     chunks = []
     for start in range(0, m.shape[1], L):
         stop = min(start + L, m.shape[1])
-        scored = m[:, start:stop].any(1)  # (B,)
+        scored = m[:, start:stop].sum(1)  # (B,)
         if scored.any() != scored.all():
             raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, some are not")
-        chunks.append(Chunk(start, stop, bool(scored.any())))
-    while chunks and not chunks[-1].predicts:
+        few = 8 * math.ceil(int(scored.max()) / 8)
+        chunks.append(Chunk(start, stop, few if 4 * few <= stop - start else stop - start))
+    while chunks and not chunks[-1].heads:
         chunks.pop()
     if not chunks:
         raise ValueError("the loss mask scores no token: there is nothing to learn or to answer")
@@ -77,8 +83,8 @@ def evict(state, keep=0):
 
 
 def window_of(keep):
-    """The tokens attention sees, itself included, or None for all: a sliding window slides, a hard one just ends."""
-    return keep + 1 if 0 < keep < math.inf else None
+    """How many tokens attention sees, itself included: a sliding window slides, a hard one just ends."""
+    return keep + 1 if keep else math.inf
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ def passes(pattern, config):
     first, last = config.loop or (0, len(pattern))
     if not 0 <= first < last <= len(pattern):
         raise ValueError(f"the looped blocks {first}:{last} are not a range of the {len(pattern)} blocks {pattern}")
+    pattern = pattern.upper()  # d is a D without an MLP
     if "D" not in pattern or (config.N > 1 and "D" not in pattern[first:last]):
         raise ValueError(f"no delta block (D) to sleep with among the looped blocks {first}:{last} of {pattern}")
     order = [list(range(first, last)) for _ in range(config.N)]
@@ -128,6 +135,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     """
     keep, old, state = config.keep, evict(state, config.keep), list(state)
     for n, layers in enumerate(passes(model.config.pattern, config), 1):
+        h = model.feed_back(h) if n > 1 else h
         fed_back = h
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
@@ -174,22 +182,29 @@ class Algorithm1(nn.Module):
         passes(model.config.pattern, config)  # refuse a bad loop now, not in the first step
         self.model, self.config, self.use_checkpoint, self.answer_passes = model, config, use_checkpoint, answer_passes
 
-    def logits(self, x, chunks):
-        """x (B, T) ids, chunks from split_chunks -> logits of the prediction chunks only, (B, T_pred, vocab_size).
+    def logits(self, x, m, chunks):
+        """x (B, T) ids, m (B, T) bool, chunks from split_chunks(m, L) -> logits and where they stand.
 
-        Also returns, detached: the RMS of the last features fed into a sleeping pass, and of the final S, both scalars,
-        and the mean number of passes of each row's sleeps, (B,).
+        logits (B, T_pred, vocab_size) of prediction chunks only, and their positions in the sequence, (B, T_pred):
+        all that are scored are among them. Also, detached: the RMS of the last features fed into a sleeping pass, and
+        of the final S, both scalars, and the mean number of passes of each row's sleeps, (B,).
         """
         state = self.model.initial_state()  # line 1
-        h, logits, slept = None, [], []
-        for start, stop, predicts in chunks:  # line 3
+        h, logits, positions, slept = None, [], [], []
+        for start, stop, heads in chunks:  # line 3
             e = self.model.embed(x[:, start:stop])  # line 4
-            if predicts:
+            if heads:
                 # line 10: one pass, still writing S; the cache is what the last eviction left
                 before = evict(state, self.config.keep)
-                for _ in range(self.answer_passes):
+                for n in range(self.answer_passes):
+                    e = self.model.feed_back(e) if n else e
                     e, state = self.model.blocks(e, before, window=window_of(self.config.keep))
+                where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
+                if heads < stop - start:
+                    where = m[:, start:stop].int().argsort(1, descending=True, stable=True)[:, :heads]
+                    e = e.gather(1, where[..., None].expand(-1, -1, e.shape[-1]))
                 logits.append(self.model.head(e))
+                positions.append(start + where)
             else:
                 state, h, n = sleep(self.model, e, state, self.config, self.use_checkpoint)  # lines 6, 7
                 slept.append(n)
@@ -197,28 +212,24 @@ class Algorithm1(nn.Module):
             S = torch.cat([layer.S.flatten() for layer in state if layer.S is not None])
             stats = {"h_rms": rms(e if h is None else h), "S_rms": rms(S)}
             stats["passes"] = torch.stack(slept or [x.new_zeros(len(x))]).float().mean(0)
-        return torch.cat(logits, 1), stats
+        return torch.cat(logits, 1), torch.cat(positions, 1), stats
 
     def forward(self, x, y, m, chunks):
-        """x, y (B, T) ids and next ids, m (B, T) bool -> summed loss, predictions (B, T_pred), stats (scalars).
+        """x, y (B, T) ids and next ids, m (B, T) bool -> summed loss, right predictions, stats (scalars all).
 
         The loss is the SUM of the cross-entropy over scored tokens (line 11): the caller divides by their global count,
         over micro-batches and ranks.
         """
-        logits, stats = self.logits(x, chunks)
-        target = scored_part(y.masked_fill(~m, -100), chunks)  # (B, T_pred)
+        logits, positions, stats = self.logits(x, m, chunks)
+        target = y.masked_fill(~m, -100).gather(1, positions)  # (B, T_pred)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
-        return loss, logits.detach().argmax(-1), stats | {"passes": stats["passes"].mean()}
+        right = (logits.detach().argmax(-1) == target).sum()
+        return loss, right, stats | {"passes": stats["passes"].mean()}
 
 
 def rms(x):
     """Root mean square of all elements, a float32 scalar."""
     return x.detach().float().square().mean().sqrt()
-
-
-def scored_part(a, chunks):
-    """The columns of a (B, T) that lie in prediction chunks, (B, T_pred)."""
-    return torch.cat([a[:, c.start : c.stop] for c in chunks if c.predicts], 1)
 
 
 # -----------------------------------------------------------------------------
@@ -406,10 +417,9 @@ class Sleeper:
             sleeper = cls(model, SleepConfig(**saved["config"]), saved["L"], batch=len(saved["window"]))
             sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
             sleeper._check(saved["window"])
-            c = model.config
-            shape = (len(sleeper.window), c.n_head, c.d_model // c.n_head, c.d_model // c.n_head)
             whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] < sleeper.L
-            whole &= all(layer.S is None or layer.S.shape == shape for layer in sleeper.state)
+            rows, blocks = len(sleeper.window), zip(sleeper.state, model.layers)
+            whole &= all(layer.S is None or layer.S.shape == block.mixer.S_shape(rows) for layer, block in blocks)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
             whole = False
         if not whole:

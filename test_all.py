@@ -741,7 +741,7 @@ def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
     algorithm = Algorithm1(model, SleepConfig(N, loop, keep, causal), answer_passes=answer_passes)
-    return algorithm.logits(x, split_chunks(m, L))[0]
+    return algorithm.logits(x, m, split_chunks(m, L))[0]
 
 
 @pytest.mark.parametrize("predicts", ([False, False, False, True], [False, True, False, True]), ids=("last", "two"))
@@ -902,7 +902,7 @@ def test_sleep_evict_keeps_S_and_its_gradient():
 @pytest.mark.parametrize("N", (1, 2, 4))
 def test_sleep_gradient_reaches_every_slept_token(N, pattern):
     """The gradient is cut at an eviction or between passes, so that sleeping is never learnt."""
-    chunks = [Chunk(0, L, False), Chunk(L, 2 * L, False), Chunk(2 * L, 3 * L, False), Chunk(3 * L, 3 * L + 4, True)]
+    chunks = [Chunk(0, L, 0), Chunk(L, 2 * L, 0), Chunk(2 * L, 3 * L, 0), Chunk(3 * L, 3 * L + 4, 4)]
     T = chunks[-1].stop
     model, x = (
         random_model(pattern, vocab_size=T + 1),
@@ -1010,7 +1010,7 @@ def test_sleep_gradient_is_the_slope_of_the_loss():
 
     @torch.no_grad()
     def loss():  # the same loss by hand, in float64
-        log_p = algorithm.logits(x, chunks)[0].log_softmax(-1)
+        log_p = algorithm.logits(x, m, chunks)[0].log_softmax(-1)
         return -log_p.gather(-1, y[:, 2 * L :, None]).squeeze(-1)[m[:, 2 * L :]].sum()
 
     value = algorithm(x, y, m, chunks)[0]
@@ -1190,8 +1190,8 @@ def test_sleep_stream_refuses_bad_input_and_goes_on():
 def test_sleep_split_chunks():
     """Windows are cut elsewhere than every L tokens, or sleeping is decided from something else than the mask."""
     m = torch.tensor([[0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]).bool()
-    assert split_chunks(m, 3) == [(0, 3, False), (3, 6, True)]  # nobody asks about what the third one holds
-    assert split_chunks(m, 7) == split_chunks(m, 100) == [(0, 7, True)]
+    assert split_chunks(m, 3) == [(0, 3, 0), (3, 6, 3)]  # nobody asks about what the third one holds
+    assert split_chunks(m, 7) == split_chunks(m, 100) == [(0, 7, 7)]
     assert split_chunks(m[:1], 1) == [(i, i + 1, i == 4) for i in range(5)]
     with pytest.raises(ValueError, match="scores no token"):
         split_chunks(m[:, :3], 3)
@@ -1503,7 +1503,7 @@ def test_data_scored_positions_lie_in_windows_that_every_row_answers(task):
     m = task.batch(0, "train", 0, 32)[2]
     window = next(w for w in (75, 24, task.context) if task.context % w == 0)
     chunks = split_chunks(m, window)
-    assert [c.predicts for c in chunks] == [c.start >= task.context for c in chunks]
+    assert [c.heads > 0 for c in chunks] == [c.start >= task.context for c in chunks]
 
 
 @pytest.mark.parametrize(
@@ -1749,7 +1749,7 @@ def test_data_gsm_answers_of_a_batch_lie_in_one_chunk(sizes):
     for s in range(24 if task.T < 200 else 3):
         rows, positions = task.batch(0, "train", s, 16 if task.T < 200 else 4)[2].nonzero().T
         (chunk,) = set((positions // task.L).tolist())
-        assert chunk >= 1 and split_chunks(task.batch(0, "train", s, 4)[2], task.L)[chunk].predicts
+        assert chunk >= 1 and split_chunks(task.batch(0, "train", s, 4)[2], task.L)[chunk].heads
         chosen.add(chunk)
         lengths += [int(positions[rows == row].min()) + 1 for row in set(rows.tolist())]
     assert task.min_length <= min(lengths) and max(lengths) <= task.max_length
@@ -1949,7 +1949,7 @@ def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
     assert passes.tolist() == [2.0] * 20
     assert x.shape == pred.shape == (20, task.T)
     assert torch.equal(x[8:16], task.batch(3, "test", 1, 8)[0])
-    logits = Algorithm1(model, SleepConfig(2)).logits(x, split_chunks(m, config["L"]))[0]
+    logits = Algorithm1(model, SleepConfig(2)).logits(x, m, split_chunks(m, config["L"]))[0]
     asked = m[:, task.context :]
     assert torch.equal(pred[:, task.context :], logits.argmax(-1)) and (pred[:, : task.context] == -1).all()
     want = torch.nn.functional.cross_entropy(logits[asked], y[:, task.context :][asked], reduction="none")
@@ -2638,9 +2638,7 @@ def test_train_presets_fit_their_task(task, preset):
     batches = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")
     for step in range(3):
         micro, count = batches.get(step)
-        assert (
-            len(micro) == config.accumulate and count > 0 and not micro[0][3][0].predicts and micro[0][3][-1].predicts
-        )
+        assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].heads and micro[0][3][-1].heads
 
 
 def test_repository_readme_commands_are_accepted(monkeypatch):

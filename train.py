@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import platform
@@ -54,8 +55,8 @@ from eval import (
     write_json,
 )
 from kernels import pick_impl, why_not_triton
-from model import Model
-from sleep import EVICTIONS, passes, scored_part, split_chunks
+from model import PRETRAINED, Model, ModelConfig, init_weights
+from sleep import EVICTIONS, passes, split_chunks
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -71,7 +72,9 @@ class Config:
     """Everything that defines a run; every field is a flag. None: the preset decides, or the task does not have it."""
 
     task: str = flag("depo", "rule110, depo or gsm")
-    preset: str = flag("auto", "paper, small (one GPU), tiny (laptop CPU, minutes); auto picks by device")
+    preset: str = flag(
+        "auto", "paper, small (one GPU), tiny (laptop CPU, minutes); with --init-from paper, sliding, demo"
+    )
     N: int = flag(4, "sleep passes over a window before it is evicted; 1 is the ordinary hybrid")
     seed: int = flag(0, "of weights and data; runs with different N and one seed see the same batches")
     L: int = flag(None, "window in tokens; must divide the task's context")
@@ -107,6 +110,9 @@ class Config:
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
+    init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
+    init_dir: str = flag(None, "its folder: config.json, *.safetensors and tokenizer.json")
+    problems: int = flag(None, "with --init-from: training problems, made once before training (default steps x batch)")
     start_from: str = flag(None, "begin with the weights of this run (its directory or checkpoint)")
     learn: str = flag(
         "all", "delta: only the delta layers learn, as in the paper's warm-up before sliding windows; all"
@@ -141,7 +147,8 @@ class Config:
 
 CHOICES = {
     "task": TASKS,
-    "preset": ("auto", "paper", "small", "tiny"),
+    "preset": ("auto", "paper", "sliding", "demo", "small", "tiny"),
+    "init_from": tuple(PRETRAINED),
     "mode": ("forward", "reverse", "both"),
     "difficulty": ("medium", "hard", "both"),
     "question": ("first", "last"),
@@ -152,7 +159,7 @@ CHOICES = {
 }
 
 # a resumed run may change these: they do not define what is learnt (device, compile and threads round differently)
-FREE = {"minutes", "device", "threads", "resume", "compile", "cuda_graph", "checkpoint", "workers", "out"}
+FREE = {"minutes", "device", "init_dir", "threads", "resume", "compile", "cuda_graph", "checkpoint", "workers", "out"}
 FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n"}
 
 PRESETS = {
@@ -188,6 +195,35 @@ PRESETS = {
 }  # fmt: skip
 
 
+# with --init-from; lengths are the tokenizer's tokens
+# not in the paper: the number of steps (here about a GPU-day), lengths for L=512
+PRETRAINED_PRESETS = {
+    "paper": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, batch=256, accumulate=256,
+                  steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12, checkpoint=True),
+    "sliding": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=512, evict="sliding", batch=256,
+                    accumulate=256, steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12,
+                    checkpoint=True),
+    "demo": dict(op=6, min_op=1, min_length=1025, max_length=1530, name_words=2, L=512, batch=64, accumulate=16,
+                 steps=500, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=512, workers=8, checkpoint=True),
+}  # fmt: skip
+
+
+def check_public(config, given):
+    """Refuse what --init-from does not go with, before anything is read. Raises ValueError with one clear line."""
+    if not config.init_from:
+        if wrong := {"init_dir", "problems"} & given or {config.preset} & {"sliding", "demo"}:
+            raise ValueError(f"{min(wrong)} needs --init-from: add it, or leave {min(wrong)} out")
+        return
+    public = PRETRAINED[config.init_from]
+    if config.task != "gsm":
+        raise ValueError(f"--init-from reads text: use --task gsm, not {config.task}")
+    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions", "start_from", "grow"}:
+        raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --init-from: leave one of them out")
+    if not config.init_dir or not os.path.isdir(config.init_dir):
+        download = f"hf download {public.repo} --local-dir FOLDER"
+        raise ValueError(f"--init-dir {config.init_dir} is no folder. {download} makes it (licence: {public.licence})")
+
+
 def parse_config(argv):
     """Command line -> Config with everything resolved. Raises ValueError for contradictions."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -201,11 +237,22 @@ def parse_config(argv):
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = Config(**given)
     config.device = pick_device(config.device)
+    config.task = "gsm" if config.init_from and "task" not in given else config.task
+    check_public(config, given.keys())
+    presets = PRETRAINED_PRESETS if config.init_from else PRESETS[config.task]
     if config.preset == "auto":
-        config.preset = "small" if config.device == "cuda" else "tiny"
-    for name, value in PRESETS[config.task][config.preset].items():
+        config.preset = "demo" if config.init_from else "small" if config.device == "cuda" else "tiny"
+    if config.preset not in presets:
+        raise ValueError(f"--preset {config.preset} is none of those here: use {', '.join(presets)}")
+    for name, value in presets[config.preset].items():
         if name not in given:
             setattr(config, name, value)
+    if config.init_from:
+        public = PRETRAINED[config.init_from]
+        for name in {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(ModelConfig)}:
+            setattr(config, name, getattr(public.config, name))
+        config.loop = config.loop or public.loop
+        config.problems = config.problems or config.steps * config.batch
     config.n_kv_head = config.n_kv_head or config.n_head
     config.out = config.out or f"out/{config.task}-N{config.N}-s{config.seed}"
     check(config, given)
@@ -214,6 +261,8 @@ def parse_config(argv):
 
 def check(config, given):
     """Refuse what cannot work before anything is written. Raises ValueError with one clear line."""
+    if config.problems is not None and not config.batch <= config.problems < 2**31:
+        raise ValueError(f"--problems {config.problems} must be at least --batch {config.batch}")
     for task, sizes in EXAMPLE_SIZES.items():
         wrong = [s for s in sizes if s in given and task != config.task and s != "L"]  # every task has windows
         if wrong:
@@ -252,7 +301,221 @@ def check(config, given):
 
 
 # -----------------------------------------------------------------------------
+# starting from a public checkpoint
+
+SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+HEADER_LIMIT = 100_000_000  # bytes
+
+
+def read_safetensors(path):
+    """The tensors of one *.safetensors file: name -> CPU tensor, a view of the file that is read when it is used.
+
+    Header length (8 bytes), JSON of name -> dtype, shape, data_offsets, then the data without holes. Raises ValueError
+    with one clear line if the file is anything else.
+    """
+    try:
+        with open(path, "rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # mmap calls an empty file a ValueError
+        raise ValueError(f"cannot read {path} ({error}): download it again") from None
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    if len(mapped) < 8 or start > min(len(mapped), HEADER_LIMIT):
+        raise ValueError(f"{path} is no safetensors file, or truncated: its header would be {start - 8:,} bytes")
+    try:
+        header = json.loads(mapped[8:start])
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"], entry[0]))
+        return dict(read_entries(entries, mapped, start))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged or lies about its tensors ({error}): download it again") from None
+
+
+def read_entries(entries, mapped, start):
+    """(name, tensor) of each header entry, in the order of their offsets; they must fill `mapped` from `start` on."""
+    end = 0
+    for name, entry in entries:
+        dtype, shape, (begin, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+            raise ValueError(f"{name} has a shape or an offset that is no count")
+        count = math.prod(shape)
+        if begin != end or stop - begin != count * dtype.itemsize or start + stop > len(mapped):
+            raise ValueError(f"{name} with shape {shape} cannot be bytes {begin} to {stop}")
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+        yield name, flat.to(dtype).view(shape)
+        end = stop
+    if start + end != len(mapped):
+        raise ValueError(f"{len(mapped) - start - end} bytes belong to no tensor")
+
+
+def read_json(path):
+    """A JSON file that holds an object. Raises ValueError if it does not."""
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot read {path} ({error}): download it again") from None
+
+
+def read_folder(folder):
+    """All tensors of a folder with one or more *.safetensors files: name -> tensor. Raises ValueError."""
+    files, index = sorted(os.listdir(folder)), "model.safetensors.index.json"
+    shards = [name for name in files if name.endswith(".safetensors")]
+    where = read_json(os.path.join(folder, index)).get("weight_map") if index in files else None
+    if where is not None:
+        if not isinstance(where, dict) or any(os.path.basename(str(name)) != name for name in where.values()):
+            raise ValueError(f"{folder}/{index} is damaged: download it again")
+        shards = sorted(set(where.values()))
+        if missing := [name for name in shards if name not in files]:
+            raise ValueError(f"{folder} lacks {missing[0]}: download it again")
+    if not shards:
+        raise ValueError(f"{folder} holds no *.safetensors, and nothing else is read: pickled weights can run code")
+    tensors = {}
+    for shard in shards:
+        new = read_safetensors(os.path.join(folder, shard))
+        if twice := tensors.keys() & new.keys():
+            raise ValueError(f"{folder} has {min(twice)} in two files: download it again")
+        tensors |= new
+    if where is not None and where.keys() != tensors.keys():
+        odd = min(where.keys() ^ tensors.keys())
+        raise ValueError(f"{folder}/{index} and its files disagree about {odd}: download them again")
+    return tensors
+
+
+def check_public_config(folder, public):
+    """Refuse a folder whose config.json describes another model. Raises ValueError with what differs."""
+    path, c = os.path.join(folder, "config.json"), public.config
+    found = read_json(path)
+    for nested in ("text_config", "rope_parameters"):  # Qwen3.5's file is that of a multimodal model
+        found |= found.get(nested) or {}
+    found |= (found.get("efficient_attention_config") or {}).get("jet", {})  # Jet-Nemotron's delta layers
+    kinds = c.pattern.replace("d", "")
+    types = {"qwen3_5_text": {"D": "linear_attention", "A": "full_attention"}}.get(public.model_type)
+    types = types or {"D": "jet", "A": "attn", "W": "swa"}
+    want = {"model_type": public.model_type, "hidden_size": c.d_model, "intermediate_size": c.d_mlp,
+            "num_hidden_layers": len(kinds), "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+            "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+            "tie_word_embeddings": c.tied, "layer_types": [types[kind] for kind in kinds],
+            "partial_rotary_factor": c.rope_dim / c.head_dim, "linear_num_key_heads": c.delta_heads,
+            "linear_num_value_heads": c.value_heads, "linear_key_head_dim": c.key_dim,
+            "linear_value_head_dim": c.value_dim, "linear_conv_kernel_dim": c.conv, "conv_size": c.conv,
+            "num_heads": c.delta_heads}  # fmt: skip
+    if public.model_type == "ouro":
+        del want["layer_types"], want["num_heads"]  # all full attention; no delta layers yet
+    for name, value in want.items():
+        if name in found and found[name] != value:
+            raise ValueError(f"{path} is of another model: {name} is {found[name]!r}, not {value!r}")
+    if "model_type" not in found or "hidden_size" not in found:
+        raise ValueError(f"{path} describes no model: download it again")
+
+
+# own module -> theirs; a block's own parameters (A_log, dt_bias) belong to its mixer
+OUTER = {"embedding": "embed_tokens", "norm": "norm", "head_proj": "lm_head"}
+BLOCK = {"norm_mixer": "input_layernorm", "norm_mixer_out": "input_layernorm_2", "mlp.gate_proj": "mlp.gate_proj",
+         "norm_mlp": "post_attention_layernorm", "norm_mlp_out": "post_attention_layernorm_2",
+         "mlp.up_proj": "mlp.up_proj", "mlp.out_proj": "mlp.down_proj"}  # fmt: skip
+ATTENTION = {"q_proj": "q_proj", "gate_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "o_proj",
+             "q_norm": "q_norm", "k_norm": "k_norm"}  # fmt: skip
+QWEN_DELTA = {"q_proj": "in_proj_qkv", "k_proj": "in_proj_qkv", "v_proj": "in_proj_qkv", "a_proj": "in_proj_a",
+              "b_proj": "in_proj_b", "gate_proj": "in_proj_z", "conv_q": "conv1d", "conv_k": "conv1d",
+              "conv_v": "conv1d", "norm": "norm", "out_proj": "out_proj"}  # fmt: skip
+JET_DELTA = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "a_proj": "a_proj", "b_proj": "b_proj",
+             "gate_proj": "g_proj", "norm": "o_norm", "out_proj": "o_proj",
+             "conv_v.in_proj": "dynamic_conv1d.kernel_generator.w1",
+             "conv_v.taps_proj": "dynamic_conv1d.kernel_generator.w2"}  # fmt: skip
+
+
+def public_name(name, public):
+    """The name in a public checkpoint of one of our parameters; None for those of blocks that are inserted."""
+    *path, last = name.split(".")
+    if path[0] != "layers":
+        theirs = OUTER[path[0]]
+        return f"{theirs}.{last}" if theirs == "lm_head" else f"model.{theirs}.{last}"
+    i, inner, pattern = int(path[1]), ".".join(path[2:]), public.config.pattern
+    if pattern[i] == "d":
+        return None
+    prefix = f"model.layers.{i - pattern[:i].count('d')}"
+    if not inner.startswith("mixer"):
+        return f"{prefix}.{BLOCK[inner]}.{last}"
+    qwen, attends = public.model_type == "qwen3_5_text", pattern[i] in "AW"
+    mixer = "linear_attn" if qwen and not attends else "self_attn"
+    if inner == "mixer":  # A_log, dt_bias
+        return f"{prefix}.{mixer}.{last}"
+    table = ATTENTION if attends else QWEN_DELTA if qwen else JET_DELTA
+    return f"{prefix}.{mixer}.{table[inner.removeprefix('mixer.')]}.{last}"
+
+
+def own_part(name, theirs, tensor, config):
+    """What of a public checkpoint's tensor is our parameter `name`: some hold several of ours."""
+    module = name.split(".")[-2]
+    if "in_proj_qkv" in theirs or "conv1d.weight" in theirs:  # q, k and v of a delta layer
+        keys, values = config.delta_heads * config.key_dim, config.value_heads * config.value_dim
+        part = tensor.split((keys, keys, values))["qkv".index(module.replace("conv_", "")[0])]
+        return part.squeeze(1) if part.dim() == 3 else part  # a convolution is (C, 1, taps) there
+    if config.attention_gate and "self_attn.q_proj" in theirs:  # query and gate of a head side by side
+        return tensor.unflatten(0, (config.n_head, 2, config.head_dim))[:, int(module == "gate_proj")].flatten(0, 1)
+    return tensor
+
+
+# of what a public checkpoint holds, this is not used: other modalities, multi-token prediction, Ouro's exit gate
+LEFT_OUT = ("model.visual.", "mtp.", "model.early_exit_gate.")
+
+
+@torch.no_grad()
+def load_public(model, name, folder):
+    """Fill a model of architecture PRETRAINED[name] from a folder with its config.json and *.safetensors, in place.
+
+    Tensors are copied one by one. Inserted blocks keep their random weights, but for the output projection, which is
+    zero: at first the model is the public one. Returns the indices of the inserted blocks. Raises ValueError if the
+    folder holds another model or a damaged one.
+    """
+    public = PRETRAINED[name]
+    check_public_config(folder, public)
+    tensors = {key.replace("model.language_model.", "model."): t for key, t in read_folder(folder).items()}
+    used = {"lm_head.weight"} if public.config.tied else set()
+    for own, parameter in model.named_parameters():
+        key = public_name(own, public)
+        if key is None:
+            continue
+        if key not in tensors:
+            raise ValueError(f"{folder} has no {key}: it is not the checkpoint of {name}, download it again")
+        try:
+            part = own_part(own, key, tensors[key], public.config)
+        except (RuntimeError, ValueError, IndexError):
+            part = tensors[key]
+        if part.shape != parameter.shape:
+            shape = tuple(tensors[key].shape)
+            raise ValueError(f"{folder}: {key} of shape {shape} does not fit {own} {tuple(parameter.shape)}")
+        if not part.isfinite().all():
+            raise ValueError(f"{folder}: {key} holds NaN or infinity, download it again")
+        parameter.copy_(part)
+        used.add(key)
+    if odd := [key for key in tensors if key not in used and not key.startswith(LEFT_OUT)]:
+        raise ValueError(f"{folder} has {len(odd)} tensors that {name} does not know, such as {odd[0]}")
+    inserted = [i for i, kind in enumerate(public.config.pattern) if kind == "d"]
+    for i in inserted:
+        model.layers[i].mixer.out_proj.weight.zero_()
+    return inserted
+
+
+# -----------------------------------------------------------------------------
 # the parts of a step
+
+
+def build_model(config, task):
+    """The model of a run on its device: random weights, or those of --init-from."""
+    architecture = model_config(dataclasses.asdict(config), task)
+    if not config.init_from:
+        return Model(architecture).to(config.device)
+    with torch.device("meta"):
+        model = Model(architecture)
+    model.to_empty(device=config.device)
+    model.tie()
+    for block, kind in zip(model.layers, architecture.pattern):
+        if kind == "d":
+            block.apply(functools.partial(init_weights, n_layer=len(architecture.pattern)))
+    if not config.resume:
+        load_public(model, config.init_from, config.init_dir)
+    return model
 
 
 def make_optimizers(model, config):
@@ -338,6 +601,47 @@ class Batches:
         self.pool.shutdown(cancel_futures=True)
 
 
+class PreparedProblems:
+    """The training problems of a run as ids in its directory: made once, by all workers, and read as they are needed.
+
+    A row is the sequence, then where its scored positions begin and end. After the last problem the first comes again.
+    """
+
+    def __init__(self, trainer):
+        self.task, self.config = trainer.task, trainer.config
+        self.levels, self.path = self.task.levels, os.path.join(self.config.out, "problems.npy")
+        self.batches = self.config.problems // self.config.batch
+        self.shape = self.batches * self.config.batch, self.task.T + 3
+        if trainer.rank == 0 and not os.path.exists(self.path):
+            self._make()
+        if trainer.ranks > 1:
+            dist.barrier()
+        self.ids = np.load(self.path, mmap_mode="r")
+        if self.ids.shape != self.shape:
+            raise ValueError(f"{self.path} holds other problems: remove it, it will be made again")
+
+    def _make(self):
+        size = np.uint16 if self.task.vocab_size <= 2**16 else np.uint32
+        ids = np.lib.format.open_memmap(self.path + ".tmp", "w+", size, self.shape)
+        pool = ProcessPoolExecutor(max(1, self.config.workers), multiprocessing.get_context("spawn"), start_worker)
+        make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
+        with pool:
+            made = tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None)
+            for s, (x, y, m) in enumerate(made):
+                start = m.int().argmax(1)
+                edges = torch.stack((start, start + m.sum(1)), 1)
+                ids[s * len(x) : (s + 1) * len(x)] = torch.cat((x, y[:, -1:], edges), 1).numpy()
+        ids.flush()
+        os.replace(self.path + ".tmp", self.path)
+
+    def batch(self, seed, split, s, B, level=None):
+        """Batch number s of training, as the task's own batch()."""
+        rows = torch.from_numpy(self.ids[s % self.batches * B :][:B].astype(np.int64))
+        seq, (start, stop) = rows[:, :-2], rows[:, -2:].T
+        column = torch.arange(self.task.T)
+        return seq[:, :-1], seq[:, 1:], (start[:, None] <= column) & (column < stop[:, None])
+
+
 class CudaGraph:
     """Forward, backward and clipping recorded on the GPU: a replay costs one launch instead of thousands.
 
@@ -379,13 +683,13 @@ class Trainer:
         self.config, self.rank, self.ranks = config, rank, ranks
         self.task = build_task(dataclasses.asdict(config))
         torch.manual_seed(config.seed)
-        self.model = Model(model_config(dataclasses.asdict(config), self.task)).to(config.device)
+        self.model = build_model(config, self.task)
         if config.start_from and not config.resume:
             load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
         if config.learn == "delta":
             for name, p in self.model.named_parameters():
                 kind = config.pattern[int(name.split(".")[1])] if name.startswith("layers.") else None
-                p.requires_grad_(kind == "D" and ".mixer." in name)
+                p.requires_grad_(kind == "d" or (kind == "D" and ".mixer." in name))
         self.optimizers = make_optimizers(self.model, config)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         algorithm = algorithm_of(self.model, dataclasses.asdict(config))
@@ -405,9 +709,8 @@ class Trainer:
             # every rank divides by the global count; DDP averages over ranks, so undo that
             with quiet:
                 with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-                    loss, pred, stats = self.algorithm(x, y, m, chunks)
+                    loss, right, stats = self.algorithm(x, y, m, chunks)
                 (loss * (self.ranks / count)).backward()
-            right = ((pred == scored_part(y, chunks)) & scored_part(m, chunks)).sum()
             total = total + torch.stack((loss.detach(), right)) / count
         if self.ranks > 1:
             dist.all_reduce(total)
@@ -582,7 +885,8 @@ class Interrupts:
 def train_loop(trainer, log, interrupts):
     """Train to the last step. Returns what stopped it: "finished", "minutes", or a signal number."""
     config, reason = trainer.config, None
-    batches = Batches(trainer.task, config, trainer.rank, trainer.ranks, config.device)
+    source = PreparedProblems(trainer) if config.init_from else trainer.task
+    batches = Batches(source, config, trainer.rank, trainer.ranks, config.device)
     step_fn = trainer.first_step
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
@@ -627,18 +931,24 @@ def device_name(config):
     return f"{config.device} ({platform.machine()}, {config.threads} of {os.cpu_count()} cores)"
 
 
-def block_flops(model, kind, T, write_only=False, causal=True):
+WRITERS = ("mixer.k_proj", "mixer.v_proj", "mixer.a_proj", "mixer.b_proj", "mixer.conv_v.")  # what a write to S needs
+
+
+def block_flops(block, T, write_only=False, causal=True):
     """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
 
-    Attention: the causal half of Q K' and of P V. Delta rule: 2 K V per token and head to predict, to write, to read.
+    Attention: Q K' and P V over the tokens that are seen. Delta rule: 2 K V per token and head to predict, to write, to
+    read.
     """
-    d, head_dim = model.d_model, model.d_model // model.n_head
-    if write_only:
-        return T * (2 * (2 * d * d + 2 * d * model.n_head) + 4 * d * head_dim)
-    mlp = 3 * d * model.d_mlp
-    if kind == "A":
-        return T * (2 * (2 * d * d + 2 * d * head_dim * model.n_kv_head + mlp) + (2 if causal else 4) * T * d)
-    return T * (2 * (5 * d * d + 2 * d * model.n_head + mlp) + 6 * d * head_dim)
+    matrices = [(name, p.numel()) for name, p in block.named_parameters() if name.endswith("_proj.weight")]
+    weights = sum(n for name, n in matrices if not write_only or name.startswith(WRITERS))
+    mixer = block.mixer
+    if not block.attends:
+        _, heads, key_dim, value_dim = mixer.S_shape(1)
+        return T * (2 * weights + (4 if write_only else 6) * heads * key_dim * value_dim)
+    seen = min(T, mixer.window)
+    pairs = T * seen - seen * seen / 2 if causal else T * T
+    return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
 
 
 def flops_per_step(config):
@@ -646,19 +956,21 @@ def flops_per_step(config):
     does attention to a cache that an eviction kept. With --random-N the mean over its N.
     """
     flags = dataclasses.asdict(config)
-    task = build_task(flags)
-    model, rules = model_config(flags, task), sleep_config(flags)
+    task, rules = build_task(flags), sleep_config(flags)
+    with torch.device("meta"):
+        model = Model(model_config(flags, task))
+    pattern, layers = model.config.pattern, model.layers
     total, every_N = 0, range(1, config.N + 1) if config.random_N else [config.N]
-    for start, stop, predicts in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
+    for start, stop, heads in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
         T = stop - start
-        if predicts:
-            total += config.answer_passes * sum(block_flops(model, kind, T) for kind in model.pattern)
-            total += 2 * T * model.d_model * model.vocab_size
+        if heads:
+            total += config.answer_passes * sum(block_flops(block, T) for block in layers)
+            total += 2 * heads * model.config.d_model * model.config.vocab_size
             continue
         for N in every_N:
-            *order, last = sum(passes(model.pattern, dataclasses.replace(rules, N=N)), [])
-            cost = sum(block_flops(model, model.pattern[i], T, causal=rules.causal) for i in order)
-            cost += block_flops(model, model.pattern[last], T, not rules.keep, rules.causal)
+            *order, last = sum(passes(pattern, dataclasses.replace(rules, N=N)), [])
+            cost = sum(block_flops(layers[i], T, causal=rules.causal) for i in order)
+            cost += block_flops(layers[last], T, not rules.keep, rules.causal)
             total += cost / len(every_N)
     return 3 * round(total) * config.batch
 
