@@ -1409,7 +1409,8 @@ class GSMText:
         self.answer_tokens, self.T = self.tail, self.max_length + self.tail - 1
         self.context = (self.min_length - 1) // self.L * self.L  # slept over in every row
         # how many of the tokenizer's tokens are one of ours, on problems of about this length
-        self.words = GSMInfinite(**sizes | {"L": self.min_length - 1})
+        length = 192 if sizes["name_words"] == 1 else self.min_length
+        self.words = GSMInfinite(**sizes | {"min_length": length, "max_length": length, "L": length - 1})
         rng = np.random.default_rng(0)
         texts = [p.text(rng, self.words.question) for p, _ in self.words.draw(rng, "val", 32, self.words.op)]
         self.rate = np.mean([len(self._text_ids(text)) / (len(text) + 1) for text in texts])

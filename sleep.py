@@ -201,7 +201,7 @@ class Algorithm1(nn.Module):
                     e, state = self.model.blocks(e, before, window=window_of(self.config.keep))
                 where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
                 if heads < stop - start:
-                    where = m[:, start:stop].int().argsort(1, descending=True, stable=True)[:, :heads]
+                    where = m[:, start:stop].int().topk(heads, 1).indices
                     e = e.gather(1, where[..., None].expand(-1, -1, e.shape[-1]))
                 logits.append(self.model.head(e))
                 positions.append(start + where)

@@ -13,15 +13,18 @@ import ast
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tokenize
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -37,7 +40,7 @@ import kernels
 import train
 from data import Depo, GSMInfinite, Rule110
 from kernels import delta_rule
-from model import Attention, LayerState, Model, ModelConfig, project
+from model import PRETRAINED, Attention, LayerState, Model, ModelConfig, project
 from sleep import (
     Algorithm1,
     Chunk,
@@ -48,6 +51,7 @@ from sleep import (
     kept_tokens,
     passes,
     sleep,
+    sleep_passes,
     split_chunks,
     state_tensors,
 )
@@ -2572,6 +2576,521 @@ def test_train_learns(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     row = result["test"]["rows"]["t=1 exact"]
     assert row["accuracy"] >= 0.8 and max(row["uniform"], row["majority"]) <= 0.5
+
+
+# -----------------------------------------------------------------------------
+# public checkpoints: independent forwards in explicit loops, with the names of the checkpoints' tensors
+
+
+def plain_norm(x, weight, eps=1e-6):
+    """x (..., n) / its root mean square, times a plain weight (n,)."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def plain_attention(w, x, n_head, theta, window=None):
+    """Normed x (B, T, d) -> (B, T, d): token t reads t-window+1..t; rotate-half positions; w: a mixer's tensors."""
+    q, k, v = (x @ w[f"{c}_proj.weight"].T + w.get(f"{c}_proj.bias", 0) for c in "qkv")
+    q = q.unflatten(-1, (n_head, -1))
+    k, v = (a.unflatten(-1, (-1, q.shape[-1])) for a in (k, v))
+    k, v = (a.repeat_interleave(n_head // a.shape[2], 2) for a in (k, v))
+    half = q.shape[-1] // 2
+    angle = torch.arange(x.shape[1])[:, None, None] * theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    turn = torch.polar(torch.ones_like(angle), angle)  # rotation as multiplication by a complex number
+    q, k = (torch.complex(a[..., :half], a[..., half:]) * turn for a in (q, k))
+    rows = []
+    for t in range(x.shape[1]):
+        seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
+        weight = (q[:, t, None] * k[:, seen].conj()).real.sum(-1) * (2 * half) ** -0.5  # (B, seen, H)
+        rows.append((weight.softmax(1)[..., None] * v[:, seen]).sum(1).flatten(1))
+    return torch.stack(rows, 1) @ w["o_proj.weight"].T
+
+
+def plain_jet(w, x):
+    """The JetBlock on normed x (B, T, d): no convolution of q and k, one with taps from x of v; a loop over tokens."""
+    H = len(w["A_log"])
+    silu, generator = torch.nn.functional.silu, "dynamic_conv1d.kernel_generator."
+    q, k, v, gate = (x @ w[f"{c}_proj.weight"].T for c in "qkvg")
+    taps = silu(x @ w[generator + "w1.weight"].T) @ w[generator + "w2.weight"].T + w[generator + "w2.bias"]
+    taps = taps.unflatten(-1, (v.shape[-1], -1))  # channel-major, tap fastest
+    past = torch.nn.functional.pad(v, (0, 0, taps.shape[-1] - 1, 0))
+    v = silu(torch.stack([(past[:, t : t + taps.shape[-1]].mT * taps[:, t]).sum(-1) for t in range(x.shape[1])], 1))
+    q, k, v, gate = (a.unflatten(-1, (H, -1)) for a in (silu(q), silu(k), v, silu(gate)))
+    q, k = (a * (a.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for a in (q, k))
+    beta = (x @ w["b_proj.weight"].T).sigmoid()
+    decay = (-w["A_log"].exp() * torch.nn.functional.softplus(x @ w["a_proj.weight"].T + w["dt_bias"])).exp()
+    S, rows = torch.zeros(len(x), H, k.shape[-1], v.shape[-1], dtype=x.dtype), []
+    for t in range(x.shape[1]):
+        S = S * decay[:, t, :, None, None]
+        wrong = v[:, t] - (S * k[:, t, :, :, None]).sum(2)
+        S = S + (beta[:, t, :, None] * k[:, t])[..., None] * wrong[:, :, None]
+        rows.append((S * q[:, t, :, :, None]).sum(2) * k.shape[-1] ** -0.5)
+    return (plain_norm(torch.stack(rows, 1), w["o_norm.weight"], 1e-5) * gate).flatten(2) @ w["o_proj.weight"].T
+
+
+def under(w, prefix):
+    """The tensors whose names begin with prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
+
+
+def plain_mlp(w, x):
+    """SwiGLU with the tensors of an mlp."""
+    return (torch.nn.functional.silu(x @ w["gate_proj.weight"].T) * (x @ w["up_proj.weight"].T)) @ w[
+        "down_proj.weight"
+    ].T
+
+
+def plain_ouro(w, x, n_head, theta, inserted):
+    """Ids -> logits of Ouro with one loop. inserted: {i: tensors of a JetBlock and its norm, after block i}."""
+    h = w["model.embed_tokens.weight"][x]
+    for i in range(1 + max(int(name.split(".")[2]) for name in w if "layers" in name)):
+        block = under(w, f"model.layers.{i}.")
+        y = plain_attention(under(block, "self_attn."), plain_norm(h, block["input_layernorm.weight"]), n_head, theta)
+        h = h + plain_norm(y, block["input_layernorm_2.weight"])
+        y = plain_mlp(under(block, "mlp."), plain_norm(h, block["post_attention_layernorm.weight"]))
+        h = h + plain_norm(y, block["post_attention_layernorm_2.weight"])
+        if i in inserted:
+            h = h + plain_jet(inserted[i], plain_norm(h, inserted[i]["norm"]))
+    return plain_norm(h, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
+def plain_jet_nemotron(w, x, pattern, n_head, theta, window):
+    """Ids -> logits of Jet-Nemotron; pattern as in ModelConfig."""
+    h = w["model.embed_tokens.weight"][x]
+    for i, kind in enumerate(pattern):
+        block = under(w, f"model.layers.{i}.")
+        y, mixer = plain_norm(h, block["input_layernorm.weight"]), under(block, "self_attn.")
+        h = h + (
+            plain_jet(mixer, y) if kind == "D" else plain_attention(mixer, y, n_head, theta, {"W": window}.get(kind))
+        )
+        h = h + plain_mlp(under(block, "mlp."), plain_norm(h, block["post_attention_layernorm.weight"]))
+    return plain_norm(h, w["model.norm.weight"]) @ w["model.embed_tokens.weight"].T
+
+
+SMALL = {  # the same forms, sizes that a test can run
+    "qwen3.5-0.8b": dict(vocab_size=512, pattern="DDDA", d_model=32, n_head=4, n_kv_head=2, d_mlp=48, head_dim=16,
+                         rope_dim=4, delta_heads=2, value_heads=4, key_dim=8),
+    "ouro-1.4b": dict(vocab_size=512, pattern="AAdAd", d_model=32, n_head=4, n_kv_head=4, d_mlp=48, head_dim=8,
+                      rope_dim=8, delta_heads=2, value_heads=2, key_dim=8, value_dim=16, dynamic_conv=4),
+    "jet-nemotron-2b": dict(vocab_size=512, pattern="DAWD", d_model=32, n_head=4, n_kv_head=2, d_mlp=48, head_dim=8,
+                            rope_dim=8, delta_heads=2, value_heads=2, key_dim=12, value_dim=16, dynamic_conv=4,
+                            window=3),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_public(monkeypatch):
+    """The public architectures at the sizes of SMALL, under their own names."""
+    for name, sizes in SMALL.items():
+        public = PRETRAINED[name]
+        config = replace(public.config, **({"value_heads": 0, "value_dim": 0} | sizes))
+        loop = {"qwen3.5-0.8b": "0:4", "ouro-1.4b": "0:5", "jet-nemotron-2b": "0:3"}[name]
+        monkeypatch.setitem(PRETRAINED, name, public._replace(config=config, loop=loop))
+
+
+def public_tensors(name, dtype=torch.float32):
+    """Random tensors of a checkpoint of PRETRAINED[name], with the published names and shapes."""
+    public = PRETRAINED[name]
+    model, tensors, c = Model(public.config), {}, public.config
+    shapes = {"in_proj_qkv": (2 * c.delta_heads * c.key_dim + c.value_heads * c.value_dim, c.d_model)}
+    shapes[".conv1d"] = (shapes["in_proj_qkv"][0], 1, c.conv)
+    for own, p in model.named_parameters():
+        theirs = train.public_name(own, public)
+        if theirs is None:
+            continue
+        shape = next((shape for part, shape in shapes.items() if part in theirs), tuple(p.shape))
+        if c.attention_gate and "self_attn.q_proj" in theirs:
+            shape = (2 * shape[0], shape[1])
+        scale = 1.0 if "embed" in theirs else 0.5 if len(shape) == 1 or ".conv1d" in theirs else shape[-1] ** -0.5
+        tensors[theirs] = (torch.randn(shape) * scale + ("norm" in theirs and not c.zero_centred)).to(dtype)
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """A *.safetensors file: the length of a header, the header, the data without holes."""
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+    header, blob = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in tensors.items():
+        data_bytes = bytes(t.contiguous().flatten().view(torch.uint8).tolist())
+        offsets = [len(blob), len(blob) + len(data_bytes)]
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
+        blob += data_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + blob)
+
+
+def write_public(folder, name, tensors, **changes):
+    """A folder as one downloads it: config.json and two shards with an index."""
+    folder.mkdir(exist_ok=True)
+    c, public = PRETRAINED[name].config, PRETRAINED[name]
+    found = {"model_type": public.model_type, "hidden_size": c.d_model, "intermediate_size": c.d_mlp,
+             "num_hidden_layers": len(c.pattern.replace("d", "")), "num_attention_heads": c.n_head,
+             "vocab_size": c.vocab_size, "rope_theta": c.rope_theta} | changes  # fmt: skip
+    if name.startswith("qwen"):
+        tensors = {key.replace("model.", "model.language_model.", 1): t for key, t in tensors.items()}
+        tensors |= {"model.visual.blocks.0.weight": torch.ones(3), "mtp.norm.weight": torch.ones(2)}
+        found = {"model_type": "qwen3_5", "text_config": found}
+    (folder / "config.json").write_text(json.dumps(found))
+    names = sorted(tensors)
+    shards = {f"model-{i}.safetensors": names[i::2] for i in range(2)}
+    for shard, keys in shards.items():
+        write_safetensors(folder / shard, {key: tensors[key] for key in keys})
+    index = {"weight_map": {key: shard for shard, keys in shards.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load_small(tmp_path, name, dtype=torch.float32):
+    """Random tensors of a small public checkpoint, and the float64 model that was loaded from them on disk."""
+    tensors = public_tensors(name, dtype)
+    write_public(tmp_path / name, name, tensors)
+    model = Model(PRETRAINED[name].config)
+    train.load_public(model, name, tmp_path / name)
+    return {key: t.double() for key, t in tensors.items()}, model.double()
+
+
+def whole(model, x):
+    """Logits of one pass over everything."""
+    return model.head(model.blocks(model.embed(x), model.initial_state())[0])
+
+
+def test_public_parameter_counts():
+    """An architecture differs from the published one: its number of parameters does."""
+    with torch.device("meta"):
+        models = {name: Model(public.config) for name, public in PRETRAINED.items()}
+    assert models["qwen3.5-0.8b"].n_params() == 752_393_024
+    assert models["jet-nemotron-2b"].n_params() == 1_964_806_208
+    ouro = models["ouro-1.4b"]
+    inserted = sum(p.numel() for block in ouro.layers if block.mlp is None for p in block.parameters())
+    assert ouro.n_params() - inserted + 2048 + 1 == 1_434_652_673  # and the exit gate, which is not used
+    assert 0.07 < inserted / 1_434_652_673 < 0.1  # the paper: less than 10 %
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_public_ouro_is_an_independent_forward(small_public, tmp_path, dtype):
+    """Ouro's sandwich norms, rotation or names are wrong, or the inserted blocks change the model at the start."""
+    w, model = load_small(tmp_path, "ouro-1.4b", dtype)
+    x = random_ids(2, 9, 512)
+    with torch.no_grad():
+        assert error(whole(model, x), plain_ouro(w, x, 4, 1e6, {})) <= 1e-9
+        inserted = {}
+        for i, after in ((2, 1), (4, 2)):
+            mixer, own = model.layers[i].mixer, public_tensors("jet-nemotron-2b")
+            for key, t in under(own, "model.layers.0.self_attn.").items():
+                inserted.setdefault(after, {})[key] = t.double()
+            inserted[after] |= {"norm": torch.rand(32).double()}
+            for p, key in zip((mixer.q_proj.weight, mixer.k_proj.weight), ("q_proj.weight", "k_proj.weight")):
+                inserted[after][key] = torch.randn_like(p)
+            names = {
+                train.JET_DELTA.get(n.rpartition(".")[0], ""): n.rpartition(".")[0] for n, _ in mixer.named_parameters()
+            }
+            for key, t in inserted[after].items():
+                stem, _, last = key.rpartition(".")
+                if key == "norm":
+                    model.layers[i].norm_mixer.weight.copy_(t)
+                elif stem:
+                    mixer.get_parameter(f"{names[stem]}.{last}").copy_(t)
+                else:
+                    mixer.get_parameter(key).copy_(t)
+        assert error(whole(model, x), plain_ouro(w, x, 4, 1e6, inserted)) <= 1e-9
+
+
+def test_public_jet_is_an_independent_forward(small_public, tmp_path):
+    """Jet-Nemotron's delta layers (dynamic convolution, K != V), biases, window or names are wrong."""
+    w, model = load_small(tmp_path, "jet-nemotron-2b")
+    x = random_ids(2, 9, 512)
+    with torch.no_grad():
+        assert error(whole(model, x), plain_jet_nemotron(w, x, "DAWD", 4, 1e6, 3)) <= 1e-9
+
+
+def test_public_qwen_is_the_transformers_model(small_public, tmp_path):
+    """Qwen3.5 differs from the reference: gate, partial rotation, zero-centred norms, groups of value heads, names."""
+    transformers = pytest.importorskip("transformers")
+    c = PRETRAINED["qwen3.5-0.8b"].config
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_mlp, num_hidden_layers=len(c.pattern),
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, tie_word_embeddings=True,
+        linear_key_head_dim=c.key_dim, linear_value_head_dim=c.value_dim, linear_num_key_heads=c.delta_heads,
+        linear_num_value_heads=c.value_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": 0.25},
+    )  # fmt: skip
+    reference = transformers.Qwen3_5ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+        tensors = {k: t.detach().clone() for k, t in reference.state_dict().items() if k != "lm_head.weight"}
+        write_public(tmp_path, "qwen3.5-0.8b", tensors)
+        model, x = Model(c), random_ids(2, 70, 512)
+        train.load_public(model, "qwen3.5-0.8b", tmp_path)
+        want = reference(x).logits
+        assert error(whole(model, x), want) <= 1e-4 and want.std() > 0.1
+        # the window holds everything: N changes nothing, and the logits are the public model's
+        m = torch.ones_like(x, dtype=torch.bool)
+        for N in (1, 4):
+            logits = Algorithm1(model, SleepConfig(N, (0, 4))).logits(x, m, split_chunks(m, 70))[0]
+            assert error(logits, want) <= 1e-4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_public_forms_decode_as_they_read(small_public, name, tmp_path):
+    """A cache, a convolution's history or grouped heads: reading in pieces differs from reading at once."""
+    _, model = load_small(tmp_path, name)
+    x = random_ids(2, 11, 512)
+    with torch.no_grad():
+        for block in model.layers:
+            if block.mlp is None:
+                block.mixer.out_proj.weight.normal_()
+        state, pieces, start = model.initial_state(), [], 0
+        for piece in x.split((4, 1, 1, 5), 1):
+            h, state = model.blocks(model.embed(piece, start), state)
+            pieces.append(model.head(h))
+            start += piece.shape[1]
+        assert error(torch.cat(pieces, 1), whole(model, x)) <= 1e-9
+
+
+def test_public_ouro_normalises_between_passes(small_public, tmp_path):
+    """Ouro's final norm is inside the loop: two loops of the public model are two passes here."""
+    _, model = load_small(tmp_path, "ouro-1.4b")
+    x = random_ids(2, 6, 512)
+    with torch.no_grad():
+        nights = list(sleep_passes(model, model.embed(x), model.initial_state(), SleepConfig(3, keep=math.inf)))
+        h, _ = model.blocks(model.embed(x), model.initial_state())
+        assert error(nights[1][0], model.norm(h)) <= 1e-12
+        h, state = model.blocks(model.norm(h), [layer._replace(k=None, v=None, conv=None) for layer in nights[0][1]])
+        assert error(nights[2][0], model.norm(h)) <= 1e-12
+
+
+def test_public_safetensors_come_back_bit_for_bit(tmp_path):
+    """A number changes on the way through a file, or a type, a scalar or an empty tensor is not read."""
+    tensors = {"a": torch.randn(5, 3), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2, 2).half()}
+    tensors |= {"d": torch.arange(3), "e": torch.tensor(2.5), "f": torch.empty(0, 4)}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    got = train.read_safetensors(tmp_path / "x.safetensors")
+    assert got.keys() == tensors.keys()
+    for name, t in tensors.items():
+        assert got[name].dtype == t.dtype and torch.equal(got[name], t), name
+    reader = pytest.importorskip("safetensors.torch")
+    theirs = reader.load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(theirs[name], t) for name, t in tensors.items())
+
+
+def lying_file(header, data_bytes=b"\0" * 16):
+    """The bytes of a *.safetensors file with this header, an object or the text itself."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data_bytes
+
+
+def entry(**changes):
+    """A header that fits 16 bytes of data, but for the changes."""
+    return {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | changes}
+
+
+LIES = {
+    "empty": b"",
+    "truncated header length": b"\1\0\0",
+    "huge header": (1 << 62).to_bytes(8, "little") + b"{}",
+    "header past the end": (100).to_bytes(8, "little") + b"{}",
+    "no json": lying_file(b"{what"),
+    "deep json": lying_file(b"[" * 100_000),
+    "no object": lying_file([1, 2]),
+    "truncated data": lying_file(entry(), b"\0" * 15),
+    "more data": lying_file(entry(), b"\0" * 17),
+    "offset past the end": lying_file(entry(data_offsets=[0, 1 << 60], shape=[1 << 58])),
+    "overlap": lying_file(entry() | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}),
+    "hole": lying_file(entry(data_offsets=[4, 16], shape=[3])),
+    "wrong dtype": lying_file(entry(dtype="F64")),
+    "dtype is a list": lying_file(entry(dtype=["F32"])),
+    "negative shape": lying_file(entry(shape=[-2, -2])),
+    "shape is true": lying_file(entry(shape=[True, 4])),
+    "wrong shape": lying_file(entry(shape=[2, 3])),
+    "three offsets": lying_file(entry(data_offsets=[0, 8, 16])),
+    "no offsets": lying_file({"a": {"dtype": "F32", "shape": [4]}}),
+    "entry is text": lying_file({"a": "F32"}),
+    "a pickle": b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s.",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_public_damaged_safetensors_are_refused(tmp_path, lie):
+    """A truncated or lying file crashes the reader, or is believed."""
+    (tmp_path / "x.safetensors").write_bytes(LIES[lie])
+    with pytest.raises(ValueError, match=r"x\.safetensors") as caught:
+        train.read_safetensors(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_public_wrong_folders_are_refused(small_public, tmp_path):
+    """A checkpoint of another model, or an incomplete one, is loaded."""
+    name, folder = "qwen3.5-0.8b", tmp_path / "it"
+    good = public_tensors(name)
+
+    def refused(match, tensors=good, before=lambda: None, **changes):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_public(folder, name, tensors, **changes)
+        before()
+        with pytest.raises(ValueError, match=match) as caught:
+            train.load_public(Model(PRETRAINED[name].config), name, folder)
+        assert "\n" not in str(caught.value)
+
+    key = "model.layers.0.linear_attn.in_proj_qkv.weight"
+    refused("hidden_size is 64, not 32", hidden_size=64)
+    refused("model_type is 'llama'", model_type="llama")
+    refused("has no model.norm.weight", {k: t for k, t in good.items() if k != "model.norm.weight"})
+    refused("does not know, such as model.layers.9", good | {"model.layers.9.what": torch.ones(2)})
+    refused("does not fit", good | {key: good[key][:-1]})
+    refused("does not fit", good | {key: torch.tensor(1.0)})
+    refused("NaN", good | {"model.norm.weight": torch.full((32,), torch.nan)})
+    refused("lacks model-1", before=lambda: (folder / "model-1.safetensors").unlink())
+    refused("config.json", before=lambda: (folder / "config.json").write_text("{"))
+    index = folder / "model.safetensors.index.json"
+    refused("index.json is damaged", before=lambda: index.write_text('{"weight_map": {"a": "../a.safetensors"}}'))
+    refused("disagree", before=lambda: index.write_text('{"weight_map": {"a": "model-0.safetensors"}}'))
+
+    def only_a_pickle():
+        for file in [index, *folder.glob("*.safetensors")]:
+            file.unlink()
+        torch.save(good, folder / "pytorch_model.bin")
+
+    refused("pickled weights can run code", before=only_a_pickle)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """A small byte-level BPE tokenizer with single digits, as the public ones have, trained on problems."""
+    tokenizers = pytest.importorskip("tokenizers")
+    task = GSMInfinite(op=6, min_op=1, min_length=200, max_length=300, L=150)
+    x, _, m = task.batch(0, "train", 0, 64)
+    texts = [task.plain_text(row[: int(scored.nonzero()[0])].tolist()) for row, scored in zip(x, m)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(split)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = {"special_tokens": [data.TEXT_END], "initial_alphabet": split[1].alphabet()}
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=400, **special))
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+TEXT_SIZES = {"op": 4, "min_op": 1, "min_length": 200, "max_length": 290, "L": 64, "name_words": 1, "mode": "both",
+              "difficulty": "both", "question": "first", "worked": False}  # fmt: skip
+
+
+def test_public_text_holds_the_problems(tokenizer_file):
+    """The plain text is not the problem, its answer is another, or the answer is not where it is scored."""
+    task = data.GSMText(tokenizer_file.parent, 512, TEXT_SIZES)
+
+    def words(prompt):  # the text as gsm_answer reads it
+        return prompt.lower()
+
+    x, y, m = task.batch(3, "train", 1, 40)
+    assert x.shape == (40, task.T) and len({tuple(row.tolist()) for row in x}) == 40
+    for row, target, scored in zip(x, y, m):
+        first, count = int(scored.nonzero()[0]), int(scored.sum())
+        assert scored[first : first + count].all() and 200 <= first + 1 <= 290
+        prompt, answer = task.decode(row[: first + 1]), task.tokenizer.decode(target[scored].tolist())
+        assert prompt.endswith(". Answer:") and prompt.startswith(("What", "If"))
+        assert int(answer) == gsm_answer(words(prompt))[0]
+        assert int(target[scored][-1]) == task.end and (row[first + count :] == task.end).all()
+    assert {int(scored.nonzero()[0]) // 64 for scored in m} == {int(m[0].nonzero()[0]) // 64}  # all in one window
+    right = task.score(x, y, m, torch.where(m, y, 0))
+    assert sum(map(len, right.values())) == 40 and all(part.all() for part in right.values())
+    again = task.batch(3, "train", 1, 40)
+    assert all(torch.equal(a, b) for a, b in zip((x, y, m), again))
+
+
+def test_public_text_refuses_what_does_not_fit(tokenizer_file, tmp_path):
+    """A missing or foreign tokenizer, or lengths that no text has, end in a traceback."""
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        data.GSMText(tmp_path, 512, TEXT_SIZES)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no tokenizer"):
+        data.GSMText(tmp_path, 512, TEXT_SIZES)
+    with pytest.raises(ValueError, match="more tokens than the model's 100"):
+        data.GSMText(tokenizer_file.parent, 100, TEXT_SIZES)
+
+
+def public_flags(tmp_path, tokenizer_file, name="qwen3.5-0.8b"):
+    """A folder with a small checkpoint and a tokenizer, and the flags of a short run that begins with it."""
+    folder = tmp_path / "public"
+    write_public(folder, name, public_tensors(name))
+    shutil.copy(tokenizer_file, folder)
+    sizes = "--op 2 --min-length 100 --max-length 120 --name-words 1 --L 40 --batch 4 --accumulate 1 --workers 1"
+    rest = "--steps 20 --test-n 8 --eval-n 8 --eval-every 10 --log-every 1 --no-compile --N 2 --problems 12"
+    return f"--init-from {name} --init-dir {folder} --device cpu {sizes} {rest}"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_public_training_runs_resumes_and_evaluates(small_public, tmp_path, tokenizer_file, name, monkeypatch, capsys):
+    """A public checkpoint is not trained as any other model: no sleep, no resume, no evaluation."""
+    flags = public_flags(tmp_path, tokenizer_file, name)
+    assert_resumes_exactly(flags, tmp_path, monkeypatch)
+    assert "memory in GiB, predicted" in capsys.readouterr().out
+    log = read_log(tmp_path / "whole")
+    assert all(line["grad_norm"] > 0 and line["passes"] == 2 for line in log)
+    ids = np.load(tmp_path / "whole" / "problems.npy")
+    task = evaluation.load_run(str(tmp_path / "whole"), "cpu")[1]
+    x, y, m = task.batch(0, "train", 1, 4)
+    assert ids.shape == (12, task.T + 3) and (ids[4:8, :-3] == x.numpy()).all()
+    assert call(evaluation.main, monkeypatch, [tmp_path / "whole", "--n", 16, "--N", 1, 2]) == 0
+    assert "op 2" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "public")
+    assert call(evaluation.main, monkeypatch, [tmp_path / "whole", "--n", 16]) == 2
+    assert_one_line(capsys.readouterr().err, "tokenizer.json")
+
+
+def test_public_gradients_reach_the_inserted_blocks(small_public, tmp_path, tokenizer_file):
+    """--learn delta trains nothing, or more than the inserted blocks."""
+    config = config_of(public_flags(tmp_path, tokenizer_file, "ouro-1.4b"), "--learn", "delta")
+    trainer = train.Trainer(config)
+    learning = {name.split(".")[1] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert learning == {"2", "4"}
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    batches = train.Batches(trainer.task, config, 0, 1, "cpu")
+    for step in range(2):
+        trainer.train_step(*batches.get(step))
+    batches.close()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and {name.split(".")[1] for name in changed} == {"2", "4"}
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    (
+        ("--init-from ouro-1.4b", "hf download ByteDance/Ouro-1.4B"),
+        ("--init-from jet-nemotron-2b --init-dir /nowhere", "research and evaluation only"),
+        ("--init-from ouro-1.4b --task depo", "use --task gsm"),
+        ("--init-from ouro-1.4b --d-model 8", "--d-model does not go with --init-from"),
+        ("--init-dir out", "init_dir needs --init-from"),
+        ("--task gsm --preset demo", "demo needs --init-from"),
+        ("--init-from ouro-1.4b --init-dir . --preset tiny", "use paper, sliding, demo"),
+    ),
+)
+def test_public_bad_flags(flags, match):
+    """Flags that contradict --init-from are believed, or a missing folder does not say how to get it."""
+    with pytest.raises(ValueError, match=match) as caught:
+        config_of(flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_public_memory_prediction_counts_what_autograd_keeps(small_public, tmp_path, tokenizer_file):
+    """The predicted activations are not those that a step keeps, or checkpointing saves nothing."""
+    flags, sizes = public_flags(tmp_path, tokenizer_file), []
+    for more in (("--no-checkpoint",), ("--no-checkpoint", "--N", 4), ("--checkpoint",)):
+        config = config_of(flags, *more)
+        trainer = train.Trainer(config)
+        x, y, m = (a[:1] for a in trainer.task.batch(0, "train", 0, 4))
+        held, chunks = [*trainer.model.parameters(), x, y, m], split_chunks(m, 40)
+        kept = train.saved_bytes(functools.partial(trainer.algorithm, x, y, m, chunks), held)
+        predicted = train.predicted_memory(config, trainer.task)
+        sizes.append(predicted["sequence"] * 2**30)
+        if "--checkpoint" not in more:
+            assert 0.9 * kept <= sizes[-1] <= 1.1 * kept
+        weights = sum(p.numel() for p in trainer.model.parameters())
+        assert predicted["weights"] * 2**30 == predicted["gradients"] * 2**30 == 4 * weights
+        parts = [predicted[name] for name in ("weights", "gradients", "optimizers")]
+        assert predicted["all"] == pytest.approx(sum(parts) + 4 * predicted["sequence"])
+    assert sizes[1] > 1.4 * sizes[0] > 2 * sizes[2]
 
 
 # -----------------------------------------------------------------------------

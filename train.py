@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -55,7 +56,7 @@ from eval import (
     write_json,
 )
 from kernels import pick_impl, why_not_triton
-from model import PRETRAINED, Model, ModelConfig, init_weights
+from model import PRETRAINED, Model, ModelConfig, init_weights, rope_table
 from sleep import EVICTIONS, passes, split_chunks
 
 # -----------------------------------------------------------------------------
@@ -518,6 +519,14 @@ def build_model(config, task):
     return model
 
 
+def choose_parameters(model, config):
+    """With --learn delta only the mixers of delta blocks learn, and all of the blocks that were inserted."""
+    if config.learn == "delta":
+        for name, p in model.named_parameters():
+            kind = config.pattern[int(name.split(".")[1])] if name.startswith("layers.") else None
+            p.requires_grad_(kind == "d" or (kind == "D" and ".mixer." in name))
+
+
 def make_optimizers(model, config):
     """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw].
 
@@ -532,6 +541,72 @@ def make_optimizers(model, config):
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, lr=config.adam_lr, weight_decay=0.0, betas=(0.9, 0.95))
     return [muon, adamw]
+
+
+def saved_bytes(run, held):
+    """What autograd keeps for the backward of run(), in bytes, but for the tensors in `held`.
+
+    In FakeTensorMode nothing is computed, and the answer is exact all the same.
+    """
+    known = {t.untyped_storage()._cdata: t for t in held}
+    new = {}
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in known:
+            new[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept_alive = run()  # noqa: F841  else its tensors' storages would be numbered anew
+    return sum(t.untyped_storage().nbytes() for t in new.values())
+
+
+def activation_bytes(config, task):
+    """What the backward of one training step needs of ONE sequence, in bytes: a trace without computing anything.
+
+    With --checkpoint: the embedded chunk, h and S of every pass, and all of the pass that is being recomputed.
+    """
+    flags = dataclasses.asdict(config)
+    x, y, m = (a[:1] for a in task.batch(config.seed, "train", 0, config.batch))
+    chunks = split_chunks(m, config.L)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=config.device == "cuda")
+    rope_table.cache_clear()  # it must hold no real tensors now, and no fake ones afterwards
+    with FakeTensorMode() as fake, half, contextlib.ExitStack() as stack:
+        stack.callback(rope_table.cache_clear)
+        model = Model(model_config(flags, task))
+        algorithm = algorithm_of(model, flags)
+        algorithm.use_checkpoint = config.checkpoint
+        x, y, m = (fake.from_tensor(a) for a in (x, y, m))
+        weights = list(model.parameters())
+        total = saved_bytes(lambda: algorithm(x, y, m, chunks), [*weights, x, y, m])
+        if not config.checkpoint:
+            return total
+        rules, sizes = sleep_config(flags), [0]
+        for start, stop, heads in chunks:
+            if not heads:
+                h, state = model.embed(x[:, start:stop]), model.initial_state()
+                order = passes(model.config.pattern, rules)
+                one = saved_bytes(lambda: model.blocks(h, state, order[0]), [*weights, h])
+                S = sum(4 * math.prod(block.mixer.S_shape(1)) for block in model.layers if not block.attends)
+                total += rules.N * (h.numel() * 4 + S)
+                sizes.append(one)
+        return total + max(sizes)
+
+
+def predicted_memory(config, task):
+    """What training needs, in GiB: a dict of "weights", "gradients", "optimizers", "sequence" (activations of one) and
+    "all". Temporary buffers and what the allocator wastes are not in it.
+    """
+    with torch.device("meta"):
+        model = Model(model_config(dataclasses.asdict(config), task))
+    choose_parameters(model, config)
+    muon, adamw = make_optimizers(model, config)
+    first, rest = (sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (muon, adamw))
+    sizes = {"weights": 4 * model.n_params(), "gradients": 4 * (first + rest), "optimizers": 4 * first + 8 * rest}
+    sizes["sequence"] = activation_bytes(config, task)
+    rows = config.batch // config.accumulate // int(os.environ.get("WORLD_SIZE", 1))
+    sizes["all"] = sum(sizes.values()) + (rows - 1) * sizes["sequence"]
+    return {name: size / 2**30 for name, size in sizes.items()}
 
 
 def schedule(step, config):
@@ -686,10 +761,7 @@ class Trainer:
         self.model = build_model(config, self.task)
         if config.start_from and not config.resume:
             load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
-        if config.learn == "delta":
-            for name, p in self.model.named_parameters():
-                kind = config.pattern[int(name.split(".")[1])] if name.startswith("layers.") else None
-                p.requires_grad_(kind == "d" or (kind == "D" and ".mixer." in name))
+        choose_parameters(self.model, config)
         self.optimizers = make_optimizers(self.model, config)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         algorithm = algorithm_of(self.model, dataclasses.asdict(config))
@@ -1038,6 +1110,9 @@ def announce(trainer):
     k = torch.empty(1, 1, 1, config.d_model // config.n_head, device=config.device)
     reason = why_not_triton(k, k)
     print(f"delta rule: {pick_impl(k, k)}" + (f" (not triton: {reason})" if reason else ""))
+    if config.init_from:
+        sizes = predicted_memory(config, trainer.task)
+        print("memory in GiB, predicted: " + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items()))
     shown = {
         k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
     }
