@@ -179,7 +179,7 @@ PRESETS = {
                       n_head=4, positions=True, batch=128, steps=20_000, decay=0.4, muon_lr=5e-3, adam_lr=1e-3,
                       weight_decay=0.5, eval_every=500),
         "tiny": dict(nodes=8, hops=4, queries=8, name_tokens=1, min_nodes=8, L=16, pattern="AD", d_model=64, n_head=2,
-                     d_mlp=64, positions=True, batch=128, steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3,
+                     d_mlp=64, positions=True, batch=128, steps=3000, decay=0.4, muon_lr=0.015, adam_lr=2e-3,
                      weight_decay=0.5, eval_every=200),
     },
     "gsm": {
