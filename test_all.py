@@ -3039,6 +3039,20 @@ def test_public_training_runs_resumes_and_evaluates(small_public, tmp_path, toke
     assert_one_line(capsys.readouterr().err, "tokenizer.json")
 
 
+def test_public_two_stages(small_public, tmp_path, tokenizer_file):
+    """The paper's recipe for sliding windows does not run: new blocks with hard eviction, then all with sliding."""
+    flags = public_flags(tmp_path, tokenizer_file, "ouro-1.4b") + " --steps 2 --eval-every 2"
+    assert train.run(config_of(flags, "--learn", "delta", "--out", tmp_path / "one")) == 0
+    second = config_of(flags, "--evict", "sliding", "--start-from", tmp_path / "one", "--out", tmp_path / "two")
+    assert train.run(second) == 0
+    first, last = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in ("one", "two"))
+    start = Model(PRETRAINED["ouro-1.4b"].config)
+    train.load_public(start, "ouro-1.4b", tmp_path / "public")
+    moved = {name for name, p in start.state_dict().items() if not torch.equal(p, first[name])}
+    assert {name.split(".")[1] for name in moved} == {"2", "4"}
+    assert not any(torch.equal(first[name], p) for name, p in last.items() if name.endswith("_proj.weight"))
+
+
 def test_public_gradients_reach_the_inserted_blocks(small_public, tmp_path, tokenizer_file):
     """--learn delta trains nothing, or more than the inserted blocks."""
     config = config_of(public_flags(tmp_path, tokenizer_file, "ouro-1.4b"), "--learn", "delta")

@@ -218,7 +218,7 @@ def check_public(config, given):
     public = PRETRAINED[config.init_from]
     if config.task != "gsm":
         raise ValueError(f"--init-from reads text: use --task gsm, not {config.task}")
-    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions", "start_from", "grow"}:
+    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions", "grow"}:
         raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --init-from: leave one of them out")
     if not config.init_dir or not os.path.isdir(config.init_dir):
         download = f"hf download {public.repo} --local-dir FOLDER"
@@ -466,8 +466,8 @@ def load_public(model, name, folder):
     """Fill a model of architecture PRETRAINED[name] from a folder with its config.json and *.safetensors, in place.
 
     Tensors are copied one by one. Inserted blocks keep their random weights, but for the output projection, which is
-    zero: at first the model is the public one. Returns the indices of the inserted blocks. Raises ValueError if the
-    folder holds another model or a damaged one.
+    zero: at first the model is the public one. Returns a line that says what was read, what was left out and what is
+    new. Raises ValueError if the folder holds another model or a damaged one.
     """
     public = PRETRAINED[name]
     check_public_config(folder, public)
@@ -490,12 +490,15 @@ def load_public(model, name, folder):
             raise ValueError(f"{folder}: {key} holds NaN or infinity, download it again")
         parameter.copy_(part)
         used.add(key)
-    if odd := [key for key in tensors if key not in used and not key.startswith(LEFT_OUT)]:
+    left_out = [key for key in tensors if key not in used]
+    if odd := [key for key in left_out if not key.startswith(LEFT_OUT) and not key.endswith("rotary_emb.inv_freq")]:
         raise ValueError(f"{folder} has {len(odd)} tensors that {name} does not know, such as {odd[0]}")
     inserted = [i for i, kind in enumerate(public.config.pattern) if kind == "d"]
     for i in inserted:
         model.layers[i].mixer.out_proj.weight.zero_()
-    return inserted
+    kinds = ", ".join(sorted({key.split(".")[0 if key.startswith("mtp") else 1] for key in left_out})) or "nothing"
+    new = f"; new blocks {inserted}, silent at first" if inserted else ""
+    return f"{name} from {folder}: {len(tensors) - len(left_out)} tensors, left out {kinds}{new}"
 
 
 # -----------------------------------------------------------------------------
@@ -503,10 +506,10 @@ def load_public(model, name, folder):
 
 
 def build_model(config, task):
-    """The model of a run on its device: random weights, or those of --init-from."""
+    """The model of a run on its device, with random weights or those of --init-from, and a line about the latter."""
     architecture = model_config(dataclasses.asdict(config), task)
     if not config.init_from:
-        return Model(architecture).to(config.device)
+        return Model(architecture).to(config.device), ""
     with torch.device("meta"):
         model = Model(architecture)
     model.to_empty(device=config.device)
@@ -514,9 +517,7 @@ def build_model(config, task):
     for block, kind in zip(model.layers, architecture.pattern):
         if kind == "d":
             block.apply(functools.partial(init_weights, n_layer=len(architecture.pattern)))
-    if not config.resume:
-        load_public(model, config.init_from, config.init_dir)
-    return model
+    return model, "" if config.resume or config.start_from else load_public(model, config.init_from, config.init_dir)
 
 
 def choose_parameters(model, config):
@@ -758,7 +759,7 @@ class Trainer:
         self.config, self.rank, self.ranks = config, rank, ranks
         self.task = build_task(dataclasses.asdict(config))
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.task)
+        self.model, self.origin = build_model(config, self.task)
         if config.start_from and not config.resume:
             load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
         choose_parameters(self.model, config)
@@ -1112,6 +1113,7 @@ def announce(trainer):
     print(f"delta rule: {pick_impl(k, k)}" + (f" (not triton: {reason})" if reason else ""))
     if config.init_from:
         sizes = predicted_memory(config, trainer.task)
+        print(trainer.origin or f"{config.init_from}, going on from {config.start_from or config.out}")
         print("memory in GiB, predicted: " + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items()))
     shown = {
         k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
