@@ -1375,9 +1375,12 @@ def read_tokenizer(folder):
     if not os.path.isfile(path):
         raise ValueError(f"no {path}: download the checkpoint's folder with its tokenizer")
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{path} is no tokenizer ({error}): download it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 TEXT_END = "<|endoftext|>"

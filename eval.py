@@ -1013,7 +1013,8 @@ class Chat:
         x, y, m = (a[0] for a in self.task.batch(0, "test", self.examples, 1))
         self.examples += 1
         start = int(m.nonzero()[0])
-        question = start if self.task.prompt else self.task.context
+        prompt = len(self.task.encode(self.task.prompt))
+        question = start + 1 - prompt if prompt else self.task.context
         print(f"  {self.task.decode(x[:question])}\n  ? {self.task.decode(x[question : start + 1])}")
         first = m[start:].int().cumprod(0).bool()  # up to the first gap
         print(f"  the right answer: {until_end(self.task.decode(y[start:][first]))}")

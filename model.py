@@ -86,7 +86,7 @@ class LayerState(NamedTuple):
     """What one layer carries from token to token. None is the start of a sequence: S = 0, empty cache, zero history."""
 
     S: torch.Tensor | None = None  # delta: fast weights (B, H, K, V)
-    conv: tuple | None = None  # delta: the last conv-1 inputs of q's, k's and v's convolution, each (B, conv-1, H*K)
+    conv: tuple | None = None  # delta: the last inputs of q's, k's and v's convolution, (B, conv-1, H*K or H*V) or None
     k: torch.Tensor | None = None  # attention: keys before RoPE, (B, P, n_kv_head, K)
     v: torch.Tensor | None = None  # attention: values, same shape
 
@@ -439,6 +439,7 @@ class Model(nn.Module):
 
     def compile_blocks(self):
         """Compile each block, not the stack: equal blocks share one compilation, and passes and chunks reuse it."""
+        torch._dynamo.config.recompile_limit = 32  # the blocks have one code and, with --learn delta, nine variants
         for block in self.layers:
             block.compile(dynamic=False)
 

@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
     """Tokens start..stop-1 of the sequence.
 
     heads: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk. All,
-    or, where a quarter or less is scored, only so many that hold the scored ones (a multiple of 8, so that few shapes
+    or, where a quarter or less is scored, only so many that hold the scored ones (a power of two, so that few shapes
     occur): with the vocabulary of a public checkpoint the head costs more than a block.
     """
 
@@ -53,7 +53,7 @@ def split_chunks(m, L):
         scored = m[:, start:stop].sum(1)  # (B,)
         if scored.any() != scored.all():
             raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, some are not")
-        few = 8 * math.ceil(int(scored.max()) / 8)
+        few = max(8, 2 ** math.ceil(math.log2(max(1, int(scored.max()))))) if scored.any() else 0
         chunks.append(Chunk(start, stop, few if 4 * few <= stop - start else stop - start))
     while chunks and not chunks[-1].heads:
         chunks.pop()

@@ -15,6 +15,7 @@ Read next: test_all.py
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -197,15 +199,18 @@ PRESETS = {
 
 
 # with --init-from; lengths are the tokenizer's tokens
-# not in the paper: the number of steps (here about a GPU-day), lengths for L=512
+# not in the paper: the number of steps (here about a GPU-day), lengths for L=512. Their kernels are too large to gain
+# from a CUDA graph, and 256 micro-batches too many for one
 PRETRAINED_PRESETS = {
     "paper": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, batch=256, accumulate=256,
-                  steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12, checkpoint=True),
+                  steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12,
+                  checkpoint=True, cuda_graph=False),
     "sliding": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=512, evict="sliding", batch=256,
                     accumulate=256, steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12,
-                    checkpoint=True),
+                    checkpoint=True, cuda_graph=False),
     "demo": dict(op=6, min_op=1, min_length=1025, max_length=1530, name_words=2, L=512, batch=64, accumulate=16,
-                 steps=500, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=512, workers=8, checkpoint=True),
+                 steps=500, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=512, workers=8,
+                 checkpoint=True, cuda_graph=False),
 }  # fmt: skip
 
 
@@ -213,7 +218,7 @@ def check_public(config, given):
     """Refuse what --init-from does not go with, before anything is read. Raises ValueError with one clear line."""
     if not config.init_from:
         if wrong := {"init_dir", "problems"} & given or {config.preset} & {"sliding", "demo"}:
-            raise ValueError(f"{min(wrong)} needs --init-from: add it, or leave {min(wrong)} out")
+            raise ValueError(f"{min(wrong).replace('_', '-')} needs --init-from: add it, or leave that out")
         return
     public = PRETRAINED[config.init_from]
     if config.task != "gsm":
@@ -253,7 +258,8 @@ def parse_config(argv):
         for name in {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(ModelConfig)}:
             setattr(config, name, getattr(public.config, name))
         config.loop = config.loop or public.loop
-        config.problems = config.problems or config.steps * config.batch
+        if config.problems is None:
+            config.problems = config.steps * config.batch
     config.n_kv_head = config.n_kv_head or config.n_head
     config.out = config.out or f"out/{config.task}-N{config.N}-s{config.seed}"
     check(config, given)
@@ -262,8 +268,6 @@ def parse_config(argv):
 
 def check(config, given):
     """Refuse what cannot work before anything is written. Raises ValueError with one clear line."""
-    if config.problems is not None and not config.batch <= config.problems < 2**31:
-        raise ValueError(f"--problems {config.problems} must be at least --batch {config.batch}")
     for task, sizes in EXAMPLE_SIZES.items():
         wrong = [s for s in sizes if s in given and task != config.task and s != "L"]  # every task has windows
         if wrong:
@@ -272,6 +276,8 @@ def check(config, given):
     for name in (*counts.split(), "d_model"):
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.problems is not None and (config.problems < 1 or config.problems % config.batch):
+        raise ValueError(f"--problems {config.problems} must be a multiple of --batch {config.batch}")
     if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
         given = f"--N {config.N}, --answer-passes {config.answer_passes}, --seed {config.seed}"
         raise ValueError(f"{given}: use at most 1000 passes and a seed of 0 or more")
@@ -335,8 +341,11 @@ def read_entries(entries, mapped, start):
     """(name, tensor) of each header entry, in the order of their offsets; they must fill `mapped` from `start` on."""
     end = 0
     for name, entry in entries:
-        dtype, shape, (begin, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in SAFETENSORS:
+            raise ValueError(f"{name} is {dtype}, which is not one of {', '.join(SAFETENSORS)}")
+        dtype = SAFETENSORS[dtype]
+        if type(shape) is not list or not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
             raise ValueError(f"{name} has a shape or an offset that is no count")
         count = math.prod(shape)
         if begin != end or stop - begin != count * dtype.itemsize or start + stop > len(mapped):
@@ -386,9 +395,18 @@ def check_public_config(folder, public):
     """Refuse a folder whose config.json describes another model. Raises ValueError with what differs."""
     path, c = os.path.join(folder, "config.json"), public.config
     found = read_json(path)
-    for nested in ("text_config", "rope_parameters"):  # Qwen3.5's file is that of a multimodal model
-        found |= found.get(nested) or {}
-    found |= (found.get("efficient_attention_config") or {}).get("jet", {})  # Jet-Nemotron's delta layers
+
+    def section(outer, name):
+        inner = outer.get(name) or {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{path} is damaged ({name} is no object): download it again")
+        return inner
+
+    for name in ("text_config", "rope_parameters"):  # Qwen3.5's file is that of a multimodal model
+        found |= section(found, name)
+    for name in ("jet", "swa"):  # Jet-Nemotron's delta and sliding-window layers
+        inner = section(section(found, "efficient_attention_config"), name)
+        found |= {f"{name}.{key}": value for key, value in inner.items()}
     kinds = c.pattern.replace("d", "")
     types = {"qwen3_5_text": {"D": "linear_attention", "A": "full_attention"}}.get(public.model_type)
     types = types or {"D": "jet", "A": "attn", "W": "swa"}
@@ -398,15 +416,17 @@ def check_public_config(folder, public):
             "tie_word_embeddings": c.tied, "layer_types": [types[kind] for kind in kinds],
             "partial_rotary_factor": c.rope_dim / c.head_dim, "linear_num_key_heads": c.delta_heads,
             "linear_num_value_heads": c.value_heads, "linear_key_head_dim": c.key_dim,
-            "linear_value_head_dim": c.value_dim, "linear_conv_kernel_dim": c.conv, "conv_size": c.conv,
-            "num_heads": c.delta_heads}  # fmt: skip
+            "linear_value_head_dim": c.value_dim, "linear_conv_kernel_dim": c.conv, "head_dim": c.head_dim,
+            "jet.head_dim": c.key_dim, "jet.num_heads": c.delta_heads, "jet.conv_size": c.conv,
+            "swa.window_size": c.window}  # fmt: skip
     if public.model_type == "ouro":
-        del want["layer_types"], want["num_heads"]  # all full attention; no delta layers yet
+        del want["layer_types"]  # its blocks are all full attention, and called so or not at all
     for name, value in want.items():
         if name in found and found[name] != value:
             raise ValueError(f"{path} is of another model: {name} is {found[name]!r}, not {value!r}")
-    if "model_type" not in found or "hidden_size" not in found:
-        raise ValueError(f"{path} describes no model: download it again")
+    sizes = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size rope_theta"
+    if missing := [name for name in sizes.split() if name not in found]:
+        raise ValueError(f"{path} does not say its {missing[0]}: download it again")
 
 
 # own module -> theirs; a block's own parameters (A_log, dt_bias) belong to its mixer
@@ -471,7 +491,13 @@ def load_public(model, name, folder):
     """
     public = PRETRAINED[name]
     check_public_config(folder, public)
-    tensors = {key.replace("model.language_model.", "model."): t for key, t in read_folder(folder).items()}
+    tensors = read_folder(folder)
+    wrapped = [key for key in tensors if key.startswith("model.language_model.")]  # Qwen3.5's multimodal file
+    for key in wrapped:
+        inner = "model." + key.removeprefix("model.language_model.")
+        if inner in tensors:
+            raise ValueError(f"{folder} has both {key} and {inner}: it is not the checkpoint of {name}")
+        tensors[inner] = tensors.pop(key)
     used = {"lm_head.weight"} if public.config.tied else set()
     for own, parameter in model.named_parameters():
         key = public_name(own, public)
@@ -486,8 +512,8 @@ def load_public(model, name, folder):
         if part.shape != parameter.shape:
             shape = tuple(tensors[key].shape)
             raise ValueError(f"{folder}: {key} of shape {shape} does not fit {own} {tuple(parameter.shape)}")
-        if not part.isfinite().all():
-            raise ValueError(f"{folder}: {key} holds NaN or infinity, download it again")
+        if not part.is_floating_point() or not part.isfinite().all():
+            raise ValueError(f"{folder}: {key} holds integers, NaN or infinity, download it again")
         parameter.copy_(part)
         used.add(key)
     left_out = [key for key in tensors if key not in used]
@@ -496,7 +522,8 @@ def load_public(model, name, folder):
     inserted = [i for i, kind in enumerate(public.config.pattern) if kind == "d"]
     for i in inserted:
         model.layers[i].mixer.out_proj.weight.zero_()
-    kinds = ", ".join(sorted({key.split(".")[0 if key.startswith("mtp") else 1] for key in left_out})) or "nothing"
+    kinds = sorted({part.strip(".") for part in LEFT_OUT for key in left_out if key.startswith(part)})
+    kinds = ", ".join(kinds) or "nothing"
     new = f"; new blocks {inserted}, silent at first" if inserted else ""
     return f"{name} from {folder}: {len(tensors) - len(left_out)} tensors, left out {kinds}{new}"
 
@@ -545,11 +572,8 @@ def make_optimizers(model, config):
 
 
 def saved_bytes(run, held):
-    """What autograd keeps for the backward of run(), in bytes, but for the tensors in `held`.
-
-    In FakeTensorMode nothing is computed, and the answer is exact all the same.
-    """
-    known = {t.untyped_storage()._cdata: t for t in held}
+    """What autograd keeps for the backward of run(), in bytes, but for the tensors in `held`."""
+    known = {t.untyped_storage()._cdata for t in held}
     new = {}
 
     def pack(t):
@@ -562,41 +586,42 @@ def saved_bytes(run, held):
     return sum(t.untyped_storage().nbytes() for t in new.values())
 
 
-def activation_bytes(config, task):
-    """What the backward of one training step needs of ONE sequence, in bytes: a trace without computing anything.
-
-    With --checkpoint: the embedded chunk, h and S of every pass, and all of the pass that is being recomputed.
-    """
-    flags = dataclasses.asdict(config)
-    x, y, m = (a[:1] for a in task.batch(config.seed, "train", 0, config.batch))
-    chunks = split_chunks(m, config.L)
+def traced_bytes(config, task, rows, N):
+    """What autograd keeps of one forward of some rows with N passes, in bytes, without computing anything."""
+    flags = dataclasses.asdict(config) | {"N": N}
+    batch = task.batch(config.seed, "train", 0, rows)
+    chunks = split_chunks(batch[2], config.L)
     half = torch.autocast("cpu", torch.bfloat16, enabled=config.device == "cuda")
     rope_table.cache_clear()  # it must hold no real tensors now, and no fake ones afterwards
     with FakeTensorMode() as fake, half, contextlib.ExitStack() as stack:
         stack.callback(rope_table.cache_clear)
-        model = Model(model_config(flags, task))
-        algorithm = algorithm_of(model, flags)
-        algorithm.use_checkpoint = config.checkpoint
-        x, y, m = (fake.from_tensor(a) for a in (x, y, m))
-        weights = list(model.parameters())
-        total = saved_bytes(lambda: algorithm(x, y, m, chunks), [*weights, x, y, m])
-        if not config.checkpoint:
-            return total
-        rules, sizes = sleep_config(flags), [0]
-        for start, stop, heads in chunks:
-            if not heads:
-                h, state = model.embed(x[:, start:stop]), model.initial_state()
-                order = passes(model.config.pattern, rules)
-                one = saved_bytes(lambda: model.blocks(h, state, order[0]), [*weights, h])
-                S = sum(4 * math.prod(block.mixer.S_shape(1)) for block in model.layers if not block.attends)
-                total += rules.N * (h.numel() * 4 + S)
-                sizes.append(one)
-        return total + max(sizes)
+        algorithm = algorithm_of(Model(model_config(flags, task)), flags)
+        batch = [fake.from_tensor(a) for a in batch]
+        return saved_bytes(lambda: algorithm(*batch, chunks), [*algorithm.parameters(), *batch])
+
+
+def activation_bytes(config, task):
+    """What the backward needs, in bytes: once, for the weights in bfloat16, and for each sequence of a micro-batch.
+
+    With --checkpoint a sequence needs S and what is fed into every pass, and, while it is recomputed, one whole pass.
+    """
+    # a batch of one is laid out in another way, so two and three rows
+    two, three, twice = (traced_bytes(config, task, *case) for case in ((2, 1), (3, 1), (2, 2)))
+    one, a_pass = three - two, (twice - two) // 2  # of one sequence: with one pass, and a pass over every window more
+    copies = max(0, two - 2 * one)
+    if not config.checkpoint:
+        return copies, one + (config.N - 1) * a_pass
+    nights = task.context // config.L
+    with torch.device("meta"):
+        blocks = Model(model_config(dataclasses.asdict(config), task)).layers
+    S = sum(math.prod(block.mixer.S_shape(1)) for block in blocks if not block.attends)
+    fed = 4 * (S + config.L * config.d_model) * config.N * nights
+    return copies, max(0, one - a_pass) + fed + a_pass // nights
 
 
 def predicted_memory(config, task):
-    """What training needs, in GiB: a dict of "weights", "gradients", "optimizers", "sequence" (activations of one) and
-    "all". Temporary buffers and what the allocator wastes are not in it.
+    """What training needs, in GiB: a dict of "weights", "gradients", "optimizers", "copies" (the weights' in bfloat16),
+    "sequence" (activations of one) and "all". Temporary buffers and what the allocator wastes are not in it.
     """
     with torch.device("meta"):
         model = Model(model_config(dataclasses.asdict(config), task))
@@ -604,7 +629,7 @@ def predicted_memory(config, task):
     muon, adamw = make_optimizers(model, config)
     first, rest = (sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (muon, adamw))
     sizes = {"weights": 4 * model.n_params(), "gradients": 4 * (first + rest), "optimizers": 4 * first + 8 * rest}
-    sizes["sequence"] = activation_bytes(config, task)
+    sizes["copies"], sizes["sequence"] = activation_bytes(config, task)
     rows = config.batch // config.accumulate // int(os.environ.get("WORLD_SIZE", 1))
     sizes["all"] = sum(sizes.values()) + (rows - 1) * sizes["sequence"]
     return {name: size / 2**30 for name, size in sizes.items()}
@@ -667,10 +692,10 @@ class Batches:
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
-        chunks = [split_chunks(m, self.config.L) for m in mine[2]]
+        chunks = split_chunks(tensors[2], self.config.L)  # one for all micro-batches: the fewer, the fewer CUDA graphs
         if self.device == "cuda":  # pinned memory is copied while the GPU computes
             mine = [[a.pin_memory() for a in part] for part in mine]
-        return [(*(a.to(self.device, non_blocking=True) for a in b[:3]), b[3]) for b in zip(*mine, chunks)], count
+        return [(*(a.to(self.device, non_blocking=True) for a in b), chunks) for b in zip(*mine)], count
 
     def close(self):
         """Stop making batches."""
@@ -697,21 +722,25 @@ class PreparedProblems:
             raise ValueError(f"{self.path} holds other problems: remove it, it will be made again")
 
     def _make(self):
-        size = np.uint16 if self.task.vocab_size <= 2**16 else np.uint32
-        ids = np.lib.format.open_memmap(self.path + ".tmp", "w+", size, self.shape)
+        size = np.dtype(np.uint16 if self.task.vocab_size <= 2**16 else np.uint32)
         pool = ProcessPoolExecutor(max(1, self.config.workers), multiprocessing.get_context("spawn"), start_worker)
         make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
-        with pool:
-            made = tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None)
-            for s, (x, y, m) in enumerate(made):
-                start = m.int().argmax(1)
-                edges = torch.stack((start, start + m.sum(1)), 1)
-                ids[s * len(x) : (s + 1) * len(x)] = torch.cat((x, y[:, -1:], edges), 1).numpy()
-        ids.flush()
+        try:
+            with open(self.path + ".tmp", "wb") as f:
+                header = {"descr": size.str, "fortran_order": False, "shape": self.shape}
+                np.lib.format.write_array_header_2_0(f, header)
+                for x, y, m in tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None):
+                    start = m.int().argmax(1)
+                    edges = torch.stack((start, start + m.sum(1)), 1)
+                    f.write(torch.cat((x, y[:, -1:], edges), 1).numpy().astype(size).tobytes())
+        except BrokenProcessPool:
+            raise ValueError("a worker died while it made problems (memory?): use fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
         os.replace(self.path + ".tmp", self.path)
 
     def batch(self, seed, split, s, B, level=None):
-        """Batch number s of training, as the task's own batch()."""
+        """Batch number s of training, as the task's own batch() with the run's seed and batch size."""
         rows = torch.from_numpy(self.ids[s % self.batches * B :][:B].astype(np.int64))
         seq, (start, stop) = rows[:, :-2], rows[:, -2:].T
         column = torch.arange(self.task.T)
@@ -955,11 +984,24 @@ class Interrupts:
         return {0: None, TIME_IS_UP: "minutes"}.get(int(code), int(code))
 
 
-def train_loop(trainer, log, interrupts):
+def make_batches(trainer):
+    """The Batches of a run; with --init-from its problems are made first, or the run leaves nothing behind."""
+    config = trainer.config
+    if not config.init_from:
+        return Batches(trainer.task, config, trainer.rank, trainer.ranks, config.device)
+    try:
+        prepared = PreparedProblems(trainer)
+    except BaseException:
+        if trainer.rank == 0 and not config.resume:
+            shutil.rmtree(config.out, ignore_errors=True)
+        raise
+    # a thread reads them: processes would have to be sent what is on the disk
+    return Batches(prepared, dataclasses.replace(config, workers=0), trainer.rank, trainer.ranks, config.device)
+
+
+def train_loop(trainer, batches, log, interrupts):
     """Train to the last step. Returns what stopped it: "finished", "minutes", or a signal number."""
     config, reason = trainer.config, None
-    source = PreparedProblems(trainer) if config.init_from else trainer.task
-    batches = Batches(source, config, trainer.rank, trainer.ranks, config.device)
     step_fn = trainer.first_step
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
@@ -1108,9 +1150,10 @@ def announce(trainer):
     config = trainer.config
     size = f"{trainer.model.n_params():,} parameters"
     print(f"device {device_name(config)}; preset {config.preset}; {size}; run directory {config.out}")
-    k = torch.empty(1, 1, 1, config.d_model // config.n_head, device=config.device)
-    reason = why_not_triton(k, k)
-    print(f"delta rule: {pick_impl(k, k)}" + (f" (not triton: {reason})" if reason else ""))
+    S = next(block.mixer.S_shape(1) for block in trainer.model.layers if not block.attends)
+    k, v = (torch.empty(1, 1, 1, dim, device=config.device) for dim in S[2:])
+    reason = why_not_triton(k, v)
+    print(f"delta rule: {pick_impl(k, v)}" + (f" (not triton: {reason})" if reason else ""))
     if config.init_from:
         sizes = predicted_memory(config, trainer.task)
         print(trainer.origin or f"{config.init_from}, going on from {config.start_from or config.out}")
@@ -1134,16 +1177,18 @@ def run(config):
     if ranks > 1:
         if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+        # the others wait while rank 0 makes problems
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(config, rank, ranks)
     open_run(config, trainer)
     if rank == 0:
         announce(trainer)
+    batches = make_batches(trainer)
     log = Log(config, trainer, active=rank == 0)
     with Interrupts() as interrupts:
-        reason = train_loop(trainer, log, interrupts)
+        reason = train_loop(trainer, batches, log, interrupts)
     log.bar.close()
     if rank == 0 and isinstance(reason, int):
         print(f"stopped at step {trainer.step}, saved in {config.out}; the same command with --resume goes on")
