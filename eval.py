@@ -114,7 +114,14 @@ def model_config(config, task):
 # flags that older checkpoints do not know, with the values that describe what those runs did
 LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", grow=0.0)
 LATER_FLAGS |= dict(
-    init_from=None, init_dir=None, start_from=None, mode="both", difficulty="both", question="first", worked=False
+    init_from=None,
+    init_dir=None,
+    problems=None,
+    start_from=None,
+    mode="both",
+    difficulty="both",
+    question="first",
+    worked=False,
 )
 
 
