@@ -1005,6 +1005,28 @@ def test_sleep_checkpointing_memory_grows_by_h_and_S_only():
     assert without >= 5 * with_checkpoint
 
 
+def test_sleep_head_sees_what_is_scored():
+    """Where few positions are scored the head sees only those: loss, gradients or predictions then differ."""
+    model, window = random_model("DA"), 40
+    x, y = random_ids(3, 2 * window), random_ids(3, 2 * window)
+    m = torch.zeros(3, 2 * window, dtype=torch.bool)
+    for row, (start, stop) in enumerate(((45, 46), (50, 57), (72, 80))):  # elsewhere in each row, 1 to 8 tokens
+        m[row, start:stop] = True
+    few = split_chunks(m, window)
+    assert [chunk.heads for chunk in few] == [0, 8]
+    results = []
+    for chunks in (few, [few[0], few[1]._replace(heads=window)]):
+        model.zero_grad()
+        algorithm = Algorithm1(model, SleepConfig(2))
+        loss, right, _ = algorithm(x, y, m, chunks)
+        loss.backward()
+        logits, positions, _ = algorithm.logits(x, m, chunks)
+        pred = torch.full_like(x, -1).scatter(1, positions, logits.argmax(-1))
+        results.append({"loss": loss, "right": right, "pred": pred[m]})
+        results[-1] |= {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert_same(*results, 1e-12)
+
+
 def test_sleep_gradient_is_the_slope_of_the_loss():
     """Backpropagation through passes and chunks is truncated or wrong somewhere: finite differences disagree."""
     model, x, y = random_model("ADAD"), random_ids(2, 2 * L + 4), random_ids(2, 2 * L + 4)
@@ -2772,25 +2794,15 @@ def test_public_ouro_is_an_independent_forward(small_public, tmp_path, dtype):
     x = random_ids(2, 9, 512)
     with torch.no_grad():
         assert error(whole(model, x), plain_ouro(w, x, 4, 1e6, {})) <= 1e-9
-        inserted = {}
-        for i, after in ((2, 1), (4, 2)):
-            mixer, own = model.layers[i].mixer, public_tensors("jet-nemotron-2b")
-            for key, t in under(own, "model.layers.0.self_attn.").items():
-                inserted.setdefault(after, {})[key] = t.double()
-            inserted[after] |= {"norm": torch.rand(32).double()}
-            for p, key in zip((mixer.q_proj.weight, mixer.k_proj.weight), ("q_proj.weight", "k_proj.weight")):
-                inserted[after][key] = torch.randn_like(p)
-            names = {
-                train.JET_DELTA.get(n.rpartition(".")[0], ""): n.rpartition(".")[0] for n, _ in mixer.named_parameters()
-            }
-            for key, t in inserted[after].items():
-                stem, _, last = key.rpartition(".")
-                if key == "norm":
-                    model.layers[i].norm_mixer.weight.copy_(t)
-                elif stem:
-                    mixer.get_parameter(f"{names[stem]}.{last}").copy_(t)
-                else:
-                    mixer.get_parameter(key).copy_(t)
+        inserted = {1: {}, 2: {}}
+        for block, tensors in zip((model.layers[2], model.layers[4]), inserted.values()):
+            tensors["norm"] = block.norm_mixer.weight.uniform_(0.5, 1.5)
+            for name, p in block.mixer.named_parameters():
+                if name in ("out_proj.weight", "conv_v.taps_proj.weight", "norm.weight"):  # zeros and ones so far
+                    p.normal_(std=0.5)
+                module, _, last = name.rpartition(".")
+                tensors[f"{train.JET_DELTA[module]}.{last}" if module else name] = p
+        assert error(plain_ouro(w, x, 4, 1e6, inserted), plain_ouro(w, x, 4, 1e6, {})) > 0.01
         assert error(whole(model, x), plain_ouro(w, x, 4, 1e6, inserted)) <= 1e-9
 
 
@@ -2846,6 +2858,10 @@ def test_public_forms_decode_as_they_read(small_public, name, tmp_path):
             pieces.append(model.head(h))
             start += piece.shape[1]
         assert error(torch.cat(pieces, 1), whole(model, x)) <= 1e-9
+        # a window that holds everything: whatever N, the logits are those of the public model
+        m = torch.ones_like(x, dtype=torch.bool)
+        logits = Algorithm1(model, SleepConfig(4)).logits(x, m, split_chunks(m, 11))[0]
+        assert error(logits, whole(model, x)) <= 1e-9
 
 
 def test_public_ouro_normalises_between_passes(small_public, tmp_path):
@@ -3044,6 +3060,21 @@ def test_public_training_runs_resumes_and_evaluates(small_public, tmp_path, toke
     shutil.rmtree(tmp_path / "public")
     assert call(evaluation.main, monkeypatch, [tmp_path / "whole", "--n", 16]) == 2
     assert_one_line(capsys.readouterr().err, "tokenizer.json")
+
+
+def test_public_interrupted_preparation_leaves_nothing(small_public, tmp_path, tokenizer_file, monkeypatch):
+    """A run stopped while its problems are made leaves a directory that neither --resume nor a new run accepts."""
+    flags = f"{public_flags(tmp_path, tokenizer_file)} --out {tmp_path / 'run'}"
+
+    def interrupted(prepared):
+        (tmp_path / "run" / "problems.npy.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.PreparedProblems, "_make", interrupted)
+        assert call(train.main, patch, flags.split()) == 2
+    assert not (tmp_path / "run").exists()
+    assert train.run(config_of(flags, "--steps", 1)) == 0
 
 
 def test_public_two_stages(small_public, tmp_path, tokenizer_file):
