@@ -381,10 +381,10 @@ def check_same_task(paths, configs):
             )
 
 
-def columns_of(runs):
+def groups_of(runs):
     """
-    Group runs that differ only in seed (or in t). Returns header -> list of runs; the header names N, and whatever
-    else differs between the groups. Raises ValueError if a run is there twice.
+    Group runs that differ only in seed (or in t). Returns (setting, list of runs) pairs, by N; a setting holds N,
+    "evaluated N", tol, and whatever else differs between the groups. Raises ValueError if a run is there twice.
     """
     settings, groups = {}, {}
     for run in runs:
@@ -398,19 +398,22 @@ def columns_of(runs):
             if all(other["config"].get(k) == run["config"].get(k) for k in ("seed", "t")):
                 raise ValueError(f"{other['path']} and {run['path']} are the same run: give one of them")
         groups[name].append(run)
+    order = ("N", "evaluated N", "tol")
     flags = dict.fromkeys(k for setting in settings.values() for k in setting)
     differ = [k for k in flags if len({str(setting.get(k)) for setting in settings.values()}) > 1]
+    shown = [*order, *(k for k in differ if k not in order)]
+    names = sorted(groups, key=lambda name: [settings[name][k] for k in order[:2]] + [-settings[name]["tol"]])
+    return [({k: settings[name].get(k) for k in shown}, groups[name]) for name in names]
+
+
+def columns_of(runs):
+    """`groups_of` with a header for each: "N=4", "N=4, evaluated at N=2", "N=1, steps 4200". A dict."""
     columns = {}
-    order = ("N", "evaluated N", "tol")
-    for name in sorted(groups, key=lambda name: [settings[name][k] for k in order[:2]] + [-settings[name]["tol"]]):
-        setting = settings[name]
-        header = f"N={setting['N']}"
-        if setting["tol"]:
-            header += f", at most {setting['evaluated N']}, tol {setting['tol']}"
-        elif setting["evaluated N"] != setting["N"]:
-            header += f", evaluated at N={setting['evaluated N']}"
-        header += "".join(f", {k.replace('_', ' ')} {setting.get(k)}" for k in differ if k not in order)
-        columns[header] = groups[name]
+    for setting, group in groups_of(runs):
+        N, asked, tol = (setting.pop(key) for key in ("N", "evaluated N", "tol"))
+        how = f", at most {asked}, tol {tol}" if tol else f", evaluated at N={asked}" if asked != N else ""
+        header = f"N={N}{how}" + "".join(f", {k.replace('_', ' ')} {v}" for k, v in setting.items())
+        columns[header] = group
     return columns
 
 

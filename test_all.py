@@ -2534,6 +2534,8 @@ def test_train_draws_N_for_every_step(tmp_path):
         RULE110,
         DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2",
         RULE110 + " --evict sliding",
+        DEPO + " --evict all",
+        DEPO + " --evict all --sleep-attention full --answer-passes 2",
         DEPO + " --sleep-attention full --answer-passes 2",
     ),
 )
@@ -2546,8 +2548,12 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
         counted.extend(2 * x.numel() * layer.out_features for layer in layers)
         return project(x, *layers)
 
-    def attention(module, args, y):  # two (T, T) by (T, d) products, half of each where it is causal
-        counted.append((4 if "full" in flags and args[3] is not None else 2) * args[0].shape[1] * args[0].numel())
+    def attention(module, args, y):  # two products over pairs; half of T x T where a token sees what came before it
+        x, _, _, mask = args
+        pairs = x.shape[1] ** 2 / 2
+        if mask is not None:
+            pairs = int(mask.sum()) - int(mask[:, 0].sum()) / 2 * (not mask.all())
+        counted.append(4 * pairs * len(x) * x.shape[2])
 
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Linear):

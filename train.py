@@ -59,7 +59,7 @@ from eval import (
 )
 from kernels import pick_impl, why_not_triton
 from model import PRETRAINED, Model, ModelConfig, init_weights, rope_table
-from sleep import EVICTIONS, passes, split_chunks
+from sleep import EVICTIONS, passes, split_chunks, window_of
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -1049,11 +1049,11 @@ def device_name(config):
 WRITERS = ("mixer.k_proj", "mixer.v_proj", "mixer.a_proj", "mixer.b_proj", "mixer.conv_v.")  # what a write to S needs
 
 
-def block_flops(block, T, write_only=False, causal=True):
+def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True):
     """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
 
-    Attention: Q K' and P V over the tokens that are seen. Delta rule: 2 K V per token and head to predict, to write, to
-    read.
+    Attention: Q K' and P V over the tokens that are seen, of these and of `past` cached ones, at most `window`. Delta
+    rule: 2 K V per token and head to predict, to write, to read.
     """
     matrices = [(name, p.numel()) for name, p in block.named_parameters() if name.endswith("_proj.weight")]
     weights = sum(n for name, n in matrices if not write_only or name.startswith(WRITERS))
@@ -1061,14 +1061,16 @@ def block_flops(block, T, write_only=False, causal=True):
     if not block.attends:
         _, heads, key_dim, value_dim = mixer.S_shape(1)
         return T * (2 * weights + (4 if write_only else 6) * heads * key_dim * value_dim)
-    seen = min(T, mixer.window)
-    pairs = T * seen - seen * seen / 2 if causal else T * T
+    window = min(mixer.window, window)
+    growing = max(0, min(T, window - past))  # tokens that see everything before them; the others see a full window
+    pairs = growing * past + growing**2 / 2 + (T - growing and (T - growing) * window)
+    pairs += 0 if causal else T * T / 2
     return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
 
 
 def flops_per_step(config):
-    """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count, nor
-    does attention to a cache that an eviction kept. With --random-N the mean over its N.
+    """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count. With
+    --random-N the mean over its N.
     """
     flags = dataclasses.asdict(config)
     task, rules = build_task(flags), sleep_config(flags)
@@ -1077,15 +1079,15 @@ def flops_per_step(config):
     pattern, layers = model.config.pattern, model.layers
     total, every_N = 0, range(1, config.N + 1) if config.random_N else [config.N]
     for start, stop, heads in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
-        T = stop - start
+        seen = stop - start, min(start, rules.keep), window_of(rules.keep)
         if heads:
-            total += config.answer_passes * sum(block_flops(block, T) for block in layers)
+            total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
             total += 2 * heads * model.config.d_model * model.config.vocab_size
             continue
         for N in every_N:
             *order, last = sum(passes(pattern, dataclasses.replace(rules, N=N)), [])
-            cost = sum(block_flops(layers[i], T, causal=rules.causal) for i in order)
-            cost += block_flops(layers[last], T, not rules.keep, rules.causal)
+            cost = sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
+            cost += block_flops(layers[last], *seen, not rules.keep, rules.causal)
             total += cost / len(every_N)
     return 3 * round(total) * config.batch
 
