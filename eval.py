@@ -417,6 +417,30 @@ def columns_of(runs):
     return columns
 
 
+def budget_table(runs):
+    """Markdown, one line per group of runs: its setting, what training cost, accuracies in percent; below, chance."""
+    groups = groups_of(runs)
+    settings = [setting for setting, _ in groups]
+    columns = {str(i): [run["rows"] for run in group] for i, (_, group) in enumerate(groups)}
+    keys = ordered_keys(columns)
+    plain = [{"evaluated N": setting["N"], "tol": 0.0} for setting in settings]  # which needs no column
+    shown = [k for k in settings[0] if any(s[k] != p.get(k, "") for s, p in zip(settings, plain))]
+    cost = ["parameters", "tokens, M", "TFLOP"]
+    table = [[*(k.replace("_", " ") for k in shown), *cost, *keys]]
+    table.append(["--:" if k in ("N", *cost, *keys) else "---" for k in (*shown, *cost, *keys)])
+    for (setting, group), found in zip(groups, columns.values()):
+        one = group[0]
+        line = [*(str(setting[k]) for k in shown), f"{one['n_params']:,}", f"{one['tokens'] / 1e6:.1f}"]
+        line.append(f"{one['flops_per_step'] * one['step'] / 1e12:.1f}")
+        table.append(line + [cell([rows[k] for rows in found if k in rows], "accuracy", 100, 1) for k in keys])
+    rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
+    for floor in ("uniform", "majority", "literal"):
+        if all(floor in row for row in rows.values()):
+            empty = [""] * (len(shown) + len(cost) - 1)
+            table.append([f"*{floor}*", *empty, *(f"{100 * rows[key][floor]:.1f}" for key in keys)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
 def counts(columns):
     """How many seeds, for headings: "1 seed", "3 seeds", or "1 to 3 seeds"."""
     seeds = {len({run["config"]["seed"] for run in runs}) for runs in columns.values()}
@@ -1106,10 +1130,15 @@ def read_results(path):
     return saved
 
 
-def results_table(path, rows):
-    """The Markdown table(s) of a results file, of all its difficulties or of those that start with one of `rows`."""
+def results_table(path, rows, budget=False):
+    """
+    The Markdown table(s) of a results file, of all its difficulties or of those that start with one of `rows`; with
+    `budget` that of budget_table. Raises ValueError if the file holds no such results.
+    """
     saved = read_results(path)
     try:
+        if budget and ("slopes" in saved or "held" in saved["runs"][0]):
+            raise ValueError(f"{path} has no training runs: leave --budget out")
         if "slopes" in saved:
             return cost_table(saved["rows"])
         if "held" in saved["runs"][0]:
@@ -1121,12 +1150,12 @@ def results_table(path, rows):
         columns = {header: [run["rows"] for run in runs] for header, runs in columns_of(saved["runs"]).items()}
         if not ordered_keys(columns):
             raise ValueError(f"{path} has no difficulty that starts with {' or '.join(rows)}: give another --rows")
-        return comparison_table(columns)
+        return budget_table(saved["runs"]) if budget else comparison_table(columns)
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
 
 
-MARKER = re.compile(r"^<!-- python eval\.py --table (\S+)(?: --rows (.+))? -->$")
+MARKER = re.compile(r"^<!-- python eval\.py --table (\S+)( --budget)?(?: --rows (.+))? -->$")
 END_MARKER = "<!-- end of table -->"
 
 
@@ -1141,7 +1170,8 @@ def renewed_tables(path):
     for line in lines:
         new.append(line)
         if found := MARKER.match(line):
-            table = results_table(os.path.join(os.path.dirname(path), found[1]), (found[2] or "").split())
+            rows, budget = (found[3] or "").split(), bool(found[2])
+            table = results_table(os.path.join(os.path.dirname(path), found[1]), rows, budget)
             new += [*table.split("\n"), END_MARKER]
             if END_MARKER not in lines:  # this also skips what stood there
                 raise ValueError(f"{path}: no line {END_MARKER} after {line}")
@@ -1152,7 +1182,7 @@ def report_tables(args):
     """`--table`: print the tables of results files; in a Markdown file, put them where it asks for them."""
     for path in args.runs:
         if not path.endswith(".md"):
-            print(results_table(path, args.rows))
+            print(results_table(path, args.rows, args.budget))
             continue
         text = renewed_tables(path)
         with open(path + ".tmp", "w") as f:
@@ -1169,6 +1199,8 @@ def parse_args():
     parser = Parser(description="Score trained runs on problems that training never saw.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py, or a checkpoint file")
     parser.add_argument("--rows", nargs="+", default=[], help="--table: only difficulties that start so, such as hops")
+    text = "--table: a line per setting, with parameters, training tokens and model FLOPs"
+    parser.add_argument("--budget", action="store_true", help=text)
     doing = parser.add_mutually_exclusive_group()
     doing.add_argument("--cost", action="store_true", help="time sleeping and answering on a stream instead")
     doing.add_argument("--probe", action="store_true", help="look into the memory after every pass instead")
@@ -1205,7 +1237,7 @@ def parse_args():
     }
     doing = next((name for name in unused if getattr(args, name)), None)
     wrong = [name for name in unused.get(doing, ()) if getattr(args, name)]
-    wrong += ["rows"] if args.rows and not args.table else []
+    wrong += [name for name in ("rows", "budget") if getattr(args, name) and not args.table]
     if args.probe and len(args.N or []) > 1:
         wrong.append("N of several numbers")
     if wrong:

@@ -2130,8 +2130,47 @@ def test_eval_table_is_the_one_that_was_printed(finished, tmp_path, monkeypatch,
     assert_one_line(capsys.readouterr().err, "op")
     for text in ("", "[]", "{}", "[[1, 2]]", '{"runs": [1]}', '{"runs": []}', '{"rows": [], "slopes": 1}'):
         out.write_text(text)
-        assert call(evaluation.main, monkeypatch, [out, "--table"]) == 2
-        assert_one_line(capsys.readouterr().err, "results.json")
+        for budget in ([], ["--budget"]):
+            assert call(evaluation.main, monkeypatch, [out, "--table", *budget]) == 2
+            assert_one_line(capsys.readouterr().err, "results.json")
+
+
+def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys):
+    """A cost is that of another run, per step instead of in all, or a setting is told from another by nothing."""
+    out, runs = tmp_path / "results.json", []
+    for seed, flags in enumerate(("", "--evict all --N 1", "--answer-passes 2", "--answer-passes 2")):
+        config = config_of(DEPO, *flags.split(), "--seed", seed, "--out", tmp_path / str(seed))
+        assert train.run(config) == 0
+        runs.append(tmp_path / str(seed))
+    argv = [*runs, "--n", 16, "--mistakes", 0, "--json", out]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    saved = json.loads(out.read_text())["runs"]
+    for run in saved:
+        run["flops_per_step"] *= 10**6  # else they round to 0.0
+        run["tokens"] *= 1000
+    out.write_text(json.dumps({"runs": saved}))
+    capsys.readouterr()
+    assert call(evaluation.main, monkeypatch, [out, "--table", "--budget", "--rows", "hops"]) == 0
+    header, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    )
+    assert header == ["N", "evict", "answer passes", "parameters", "tokens, M", "TFLOP", "hops 1", "hops 2"]
+    assert [line[:3] for line in lines] == [
+        ["1", "all", "1"],
+        ["3", "hard", "1"],
+        ["3", "hard", "2"],
+        ["*uniform*", "", ""],
+        ["*majority*", "", ""],
+    ]
+    for line, run in zip(lines, (saved[1], saved[0], saved[2])):
+        T, steps = data.Depo(**{k: run["config"][k] for k in ("nodes", "hops", "queries", "name_tokens")}).T, 20
+        assert line[3] == f"{run['n_params']:,}"
+        assert line[4] == f"{T * 8 * steps / 1000:.1f}"
+        assert line[5] == f"{run['flops_per_step'] * steps / 1e12:.1f}" != "0.0"
+        flops = train.flops_per_step(train.Config(**run["config"]))
+        assert run["flops_per_step"] == flops * 10**6
+    assert [("± " in cell, "se" in cell) for cell in (lines[0][6], lines[2][6])] == [(False, True), (True, False)]
+    assert lines[3][6:] == [f"{100 / 5:.1f}"] * 2
 
 
 def test_eval_table_renews_a_markdown_file(finished, tmp_path, monkeypatch, capsys):
@@ -2140,10 +2179,10 @@ def test_eval_table_renews_a_markdown_file(finished, tmp_path, monkeypatch, caps
     argv = [finished["depo"], "--n", 16, "--N", 1, 2, "--mistakes", 0, "--json", out]
     assert call(evaluation.main, monkeypatch, argv) == 0
     capsys.readouterr()
-    assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "first"]) == 0
+    assert call(evaluation.main, monkeypatch, [out, "--table", "--budget", "--rows", "first"]) == 0
     table = capsys.readouterr().out
     before, after = (
-        "# A\n\n<!-- python eval.py --table results.json --rows first -->\n",
+        "# A\n\n<!-- python eval.py --table results.json --budget --rows first -->\n",
         "<!-- end of table -->\n| b |\n",
     )
     text.write_text(before + "| old |\n\n| lines |\n" + after)
@@ -2168,6 +2207,7 @@ BAD_QUESTIONS = {
     "too many passes": ("{depo} --N 1001", "1000"),
     "cost until settled": ("{depo} --cost --tol 0.1", "--tol"),
     "rows of what": ("{depo} --rows hops", "--rows"),
+    "budget of what": ("{depo} --budget", "--budget"),
     "probe of the problems it was fitted to": ("{rule110} --probe --split train", "--split"),
     "probe of one run twice": ("{rule110} {rule110} --probe", "--probe"),
     "two tasks": ("{depo} {rule110}", "rule110"),
