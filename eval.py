@@ -387,15 +387,18 @@ def groups_of(runs):
     "evaluated N", tol, and whatever else differs between the groups. Raises ValueError if a run is there twice.
     """
     settings, groups = {}, {}
+    elsewhere = any(run["evaluated_t"] != run["config"].get("t") for run in runs)
     for run in runs:
         setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING}
         whole = run["step"] == setting["steps"]
         setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
         setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
+        if elsewhere:
+            setting["trained t"] = run["config"]["t"]
         name = json.dumps(setting, sort_keys=True)
         settings[name] = setting
         for other in groups.setdefault(name, []):
-            if all(other["config"].get(k) == run["config"].get(k) for k in ("seed", "t")):
+            if (other["config"]["seed"], other["evaluated_t"]) == (run["config"]["seed"], run["evaluated_t"]):
                 raise ValueError(f"{other['path']} and {run['path']} are the same run: give one of them")
         groups[name].append(run)
     order = ("N", "evaluated N", "tol")
@@ -454,9 +457,10 @@ def report(columns, args):
     lines = [f"{describe(config)}: {args.n} {args.split} problems, seed {args.seed}\n"]
     lines += ["| run | trained N | evaluated N | tol | passes | steps | seed | loss |", "|---|" + "--:|" * 7]
     for run in (run for runs in columns.values() for run in runs):
+        at_t = "" if run["evaluated_t"] == run["config"].get("t") else f", t={run['evaluated_t']}"
         numbers = [run["config"]["N"], run["evaluated_N"], str(run["tol"]), f"{run['passes']:.2f}", run["step"]]
         numbers += [run["config"]["seed"], f"{run['loss']:.3f}"]
-        lines.append(f"| {run['path']} | " + " | ".join(str(number) for number in numbers) + " |")
+        lines.append(f"| {run['path']}{at_t} | " + " | ".join(str(number) for number in numbers) + " |")
     rows = {header: [run["rows"] for run in runs] for header, runs in columns.items()}
     lines += ["\nAccuracy in percent; ± and (seeds): mean and standard deviation over seeds; se: standard error.\n"]
     lines.append(comparison_table(rows))
@@ -536,7 +540,8 @@ def is_paper_size(config):
 def paper_points(run):
     """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting."""
     config = run["config"]
-    if not is_paper_size(config) or run["evaluated_N"] != config["N"] or run["tol"]:
+    as_trained = (run["evaluated_N"], run["evaluated_t"], run["tol"]) == (config["N"], config.get("t"), 0)
+    if not is_paper_size(config) or not as_trained:
         return None
     return PAPER[config["task"]].get((config["t"], config["N"]) if config["task"] == "rule110" else config["N"])
 
@@ -611,10 +616,17 @@ def draw_curves(ax, columns):
 
 
 def models_of(runs):
-    """The runs of each kind of model, however it was scored: header as in columns_of -> runs."""
-    once = {run["path"]: run | {"evaluated_N": run["config"]["N"], "tol": 0.0} for run in runs}
+    """The runs of each kind of model at each t, whatever N or tol they were scored with: header -> runs."""
+    as_trained = (
+        {"evaluated_N": run["config"]["N"], "evaluated_t": run["config"].get("t"), "tol": 0.0} for run in runs
+    )
+    once = {run["path"]: run | trained for run, trained in zip(runs, as_trained)}
     kinds = {header: {run["path"] for run in group} for header, group in columns_of(list(once.values())).items()}
-    return {header: [run for run in runs if run["path"] in paths] for header, paths in kinds.items()}
+    every_t, models = list(dict.fromkeys(run["evaluated_t"] for run in runs)), {}
+    for (header, paths), t in itertools.product(kinds.items(), every_t):
+        name = f"{header}, t={t}" if len(every_t) > 1 else header
+        models[name] = [run for run in runs if run["path"] in paths and run["evaluated_t"] == t]
+    return models
 
 
 def draw_passes(ax, columns):
@@ -1146,6 +1158,7 @@ def results_table(path, rows, budget=False):
         for run in saved["runs"]:
             run["config"] = LATER_FLAGS | run["config"]
             run.setdefault("tol", 0.0)
+            run.setdefault("evaluated_t", run["config"].get("t"))
             run["rows"] = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
         columns = {header: [run["rows"] for run in runs] for header, runs in columns_of(saved["runs"]).items()}
         if not ordered_keys(columns):
@@ -1210,6 +1223,8 @@ def parse_args():
     parser.add_argument("--N", type=int, nargs="+", help="sleep passes (default: as each run was trained)")
     text = "adaptive N: at most the largest N passes, until one changes the fast weights by no more than this fraction"
     parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
+    text = "Rule 110: score with so many steps of the automaton (default: as each run was trained)"
+    parser.add_argument("--t", type=int, nargs="+", help=text)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="--cost: length of the stream (default 1000000)")
     parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
@@ -1230,10 +1245,10 @@ def parse_args():
         if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
             raise ValueError(f"cannot write {path}: give a file in a directory that exists and is yours")
     unused = {
-        "cost": ("tol", "plot"),
-        "table": ("N", "tol", "json", "plot"),
-        "chat": ("json", "plot"),
-        "probe": ("tol",),
+        "cost": ("tol", "t", "plot"),
+        "table": ("N", "tol", "t", "json", "plot"),
+        "chat": ("t", "json", "plot"),
+        "probe": ("tol", "t"),
     }
     doing = next((name for name in unused if getattr(args, name)), None)
     wrong = [name for name in unused.get(doing, ()) if getattr(args, name)]
@@ -1250,10 +1265,11 @@ def parse_args():
 
 def describe_run(path, loaded, N, tol):
     """What is known of a run before it is scored, as in the JSON file, plus its "log". loaded: from load_run."""
-    model, _, config, step = loaded
+    model, task, config, step = loaded
     saved, log = read_provenance(path), read_log(path)
     reached = [line for line in log if line["step"] <= step][-1:] or [{}]
-    run = {"path": path, "config": config, "step": step, "evaluated_N": N, "tol": tol, "n_params": model.n_params()}
+    run = {"path": path, "config": config, "step": step, "n_params": model.n_params()}
+    run |= {"evaluated_N": N, "evaluated_t": getattr(task, "t", None), "tol": tol}
     run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "flops_per_step")}
     return run | {key: reached[0].get(key) for key in ("tokens", "seconds")} | {"log": log}
 
@@ -1278,7 +1294,13 @@ def score_run(run, loaded, args):
 
 def compare(args, loaded):
     """Score every run, print the tables, write the files. Raises ValueError or OSError for what a user can mend."""
-    both = [(path, one, N, tol) for path, one in zip(args.runs, loaded) for N, tol in settings_of(one[2], args)]
+    if args.t and loaded[0][1].name != "rule110":
+        raise ValueError(f"--t is for Rule 110, {args.runs[0]} is {loaded[0][1].name}: leave --t out")
+    both = []
+    for path, (model, task, config, step) in zip(args.runs, loaded):
+        tasks = [build_task(config | {"t": t}) for t in args.t] if args.t else [task]
+        several = itertools.product(tasks, settings_of(config, args))
+        both += [(path, (model, task, config, step), *setting) for task, setting in several]
     runs = [describe_run(*each) for each in both]
     columns = columns_of(runs)
     for _, (model, _, config, _), N, tol in both:

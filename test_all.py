@@ -2009,6 +2009,38 @@ def test_eval_command_compares_passes_and_tolerances(finished, tmp_path, monkeyp
     assert one == (4, 0.5)
 
 
+def test_eval_asks_for_other_steps_than_trained(finished, tmp_path, monkeypatch, capsys):
+    """--t scores other labels than those after t steps, its rows mix, or nothing tells what a model was trained for."""
+    out, drawn = tmp_path / "steps.json", tmp_path / "steps.png"
+    argv = [finished["rule110"], "--n", 300, "--t", 0, 1, 3, "--N", 1, 2, "--json", out, "--mistakes", 0]
+    assert call(evaluation.main, monkeypatch, [*argv, "--plot", drawn]) == 0
+    assert drawn.read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    model, task, config, _ = evaluation.load_run(str(finished["rule110"]), "cpu")
+    runs = {(run["evaluated_N"], run["evaluated_t"]): run for run in json.loads(out.read_text())["runs"]}
+    assert list(runs) == [(1, 0), (2, 0), (1, 1), (2, 1), (1, 3), (2, 3)]
+    for (N, t), run in runs.items():
+        assert run["config"]["t"] == config["t"] == 1 and list(run["rows"]) == [f"t={t} exact", f"t={t} bit"]
+        other = data.Rule110(config["width"], t, config["strings"])
+        algorithm = evaluation.algorithm_of(model, config | {"N": N})
+        want = evaluation.evaluate(algorithm, other, "test", config["L"], 300, 0, evaluation.BATCH)
+        assert run["rows"] == want["rows"]
+        assert f"| t={t} exact |" in printed and (t == 1 or f"{finished['rule110']}, t={t} |" in printed)
+    assert "| N=2, evaluated at N=1 | N=2 |" in printed
+    assert call(evaluation.main, monkeypatch, [out, "--table"]) == 0
+    assert capsys.readouterr().out in printed
+    longer = config_of(RULE110, "--t", 3, "--out", tmp_path / "t3")
+    assert train.run(longer) == 0
+    capsys.readouterr()
+    argv = [finished["rule110"], longer.out, "--n", 16, "--t", 3, "--mistakes", 0]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    assert "trained t 1" in (said := capsys.readouterr().out) and "trained t 3" in said
+    assert call(evaluation.main, monkeypatch, [finished["depo"], "--t", 3]) == 2
+    assert_one_line(capsys.readouterr().err, "--t is for Rule 110")
+    assert call(evaluation.main, monkeypatch, [finished["rule110"], "--t", -1]) == 2
+    assert_one_line(capsys.readouterr().err, "--t is -1")
+
+
 def test_eval_linear_probe_finds_what_is_there_and_nothing_else():
     """A probe that overfits, or that looks at problems without the item, claims to find what no memory holds."""
     rng = torch.Generator().manual_seed(0)
@@ -2206,6 +2238,7 @@ BAD_QUESTIONS = {
     "no tokens": ("{depo} --cost --tokens 0", "--tokens"),
     "too many passes": ("{depo} --N 1001", "1000"),
     "cost until settled": ("{depo} --cost --tol 0.1", "--tol"),
+    "probe of other steps": ("{rule110} --probe --t 2", "--t"),
     "rows of what": ("{depo} --rows hops", "--rows"),
     "budget of what": ("{depo} --budget", "--budget"),
     "probe of the problems it was fitted to": ("{rule110} --probe --split train", "--split"),
