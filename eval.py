@@ -173,9 +173,9 @@ def load_run(path, device):
     return model, task, config, saved["step"]
 
 
-def read_provenance(path):
-    """config.json of a run directory, or of the one a checkpoint file lies in: a dict, empty if there is none."""
-    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+def read_provenance(path, name="config.json"):
+    """config.json or result.json of a run directory, or of the one a checkpoint lies in: a dict, empty if none."""
+    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), name)
     if not os.path.exists(file):
         return {}
     try:
@@ -546,12 +546,6 @@ def paper_points(run):
     return PAPER[config["task"]].get((config["t"], config["N"]) if config["task"] == "rule110" else config["N"])
 
 
-def learning_curve(run):
-    """The validations of a run up to its checkpoint: training tokens -> accuracy in percent."""
-    lines = [line for line in run["log"] if line["kind"] == "val" and line["step"] <= run["step"]]
-    return {line["tokens"]: 100 * headline(line["scores"]["rows"]) for line in lines}
-
-
 def by_t(runs):
     """Runs of one column, split by Rule 110's t: t (None for Depo) -> list over seeds."""
     values = sorted({run["config"].get("t") for run in runs})
@@ -591,18 +585,20 @@ def draw_floors(ax, x, rows, keys, width):
 def draw_curves(ax, columns):
     """Left panel: validation accuracy against training tokens."""
     several_t = len({run["config"].get("t") for runs in columns.values() for run in runs}) > 1
-    end = max((max(learning_curve(run), default=0) for runs in columns.values() for run in runs), default=0)
+    end = max((max(run["curve"]["tokens"], default=0) for runs in columns.values() for run in runs), default=0)
     unit, word = (1e9, "billions") if end >= 1e9 else (1e6, "millions") if end >= 1e6 else (1e3, "thousands")
     for header, runs in columns.items():
         colour, dashes = looks(columns)[header]
         for t, seeds in by_t(runs).items():
-            curves = [learning_curve(run) for run in seeds]
+            curves = [dict(zip(run["curve"]["tokens"], run["curve"]["accuracy"])) for run in seeds]
             x = sorted(set.intersection(*(set(curve) for curve in curves)))
             if not x:
                 continue
-            draw_line(ax, np.divide(x, unit), [[c[i] for i in x] for c in curves], colour, dashes)
+            draw_line(ax, np.divide(x, unit), [[100 * c[i] for i in x] for c in curves], colour, dashes)
             if several_t:
-                ax.annotate(f" t={t}", (x[-1] / unit, np.mean([c[x[-1]] for c in curves])), color=colour, fontsize=8)
+                ax.annotate(
+                    f" t={t}", (x[-1] / unit, np.mean([100 * c[x[-1]] for c in curves])), color=colour, fontsize=8
+                )
             if seeds[0]["config"]["task"] == "rule110" and (points := paper_points(seeds[0])):
                 tokens = np.multiply(points[0], 1e9 / unit)
                 ax.plot(tokens, points[1], color=colour, lw=0.8, alpha=0.6, ls=(0, (1, 1)))
@@ -1142,28 +1138,32 @@ def read_results(path):
     return saved
 
 
-def results_table(path, rows, budget=False):
+def with_defaults(run, rows):
+    """A run of a results file, also of an older one, with only the difficulties that start with one of `rows`."""
+    run = {"tol": 0.0, "curve": {"tokens": [], "accuracy": []}} | run
+    kept = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
+    return {"evaluated_t": run["config"].get("t")} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
+
+
+def results_table(path, rows, budget=False, figure=None):
     """
     The Markdown table(s) of a results file, of all its difficulties or of those that start with one of `rows`; with
-    `budget` that of budget_table. Raises ValueError if the file holds no such results.
+    `budget` that of budget_table. figure: a PNG to draw it to. Raises ValueError if the file holds no such results.
     """
     saved = read_results(path)
     try:
-        if budget and ("slopes" in saved or "held" in saved["runs"][0]):
-            raise ValueError(f"{path} has no training runs: leave --budget out")
-        if "slopes" in saved:
-            return cost_table(saved["rows"])
-        if "held" in saved["runs"][0]:
-            return probe_table(saved["runs"])
-        for run in saved["runs"]:
-            run["config"] = LATER_FLAGS | run["config"]
-            run.setdefault("tol", 0.0)
-            run.setdefault("evaluated_t", run["config"].get("t"))
-            run["rows"] = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
-        columns = {header: [run["rows"] for run in runs] for header, runs in columns_of(saved["runs"]).items()}
-        if not ordered_keys(columns):
+        if "slopes" in saved or "held" in saved["runs"][0]:
+            if budget or figure:
+                raise ValueError(f"{path} has no scored runs: leave --{'budget' if budget else 'plot'} out")
+            return cost_table(saved["rows"]) if "slopes" in saved else probe_table(saved["runs"])
+        runs = [with_defaults(run, rows) for run in saved["runs"]]
+        columns = columns_of(runs)
+        scores = {header: [run["rows"] for run in group] for header, group in columns.items()}
+        if not ordered_keys(scores):
             raise ValueError(f"{path} has no difficulty that starts with {' or '.join(rows)}: give another --rows")
-        return budget_table(saved["runs"]) if budget else comparison_table(columns)
+        if figure:
+            plot(columns, figure, f"{saved['n']} {saved['split']} problems")
+        return budget_table(runs) if budget else comparison_table(scores)
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
 
@@ -1193,9 +1193,11 @@ def renewed_tables(path):
 
 def report_tables(args):
     """`--table`: print the tables of results files; in a Markdown file, put them where it asks for them."""
+    if args.plot and (len(args.runs) > 1 or args.runs[0].endswith(".md")):
+        raise ValueError("--table --plot draws one results file: give one")
     for path in args.runs:
         if not path.endswith(".md"):
-            print(results_table(path, args.rows, args.budget))
+            print(results_table(path, args.rows, args.budget, args.plot))
             continue
         text = renewed_tables(path)
         with open(path + ".tmp", "w") as f:
@@ -1246,7 +1248,7 @@ def parse_args():
             raise ValueError(f"cannot write {path}: give a file in a directory that exists and is yours")
     unused = {
         "cost": ("tol", "t", "plot"),
-        "table": ("N", "tol", "t", "json", "plot"),
+        "table": ("N", "tol", "t", "json"),
         "chat": ("t", "json", "plot"),
         "probe": ("tol", "t"),
     }
@@ -1264,14 +1266,18 @@ def parse_args():
 
 
 def describe_run(path, loaded, N, tol):
-    """What is known of a run before it is scored, as in the JSON file, plus its "log". loaded: from load_run."""
+    """What is known of a run before it is scored, as in the JSON file. loaded: from load_run."""
     model, task, config, step = loaded
-    saved, log = read_provenance(path), read_log(path)
-    reached = [line for line in log if line["step"] <= step][-1:] or [{}]
     run = {"path": path, "config": config, "step": step, "n_params": model.n_params()}
     run |= {"evaluated_N": N, "evaluated_t": getattr(task, "t", None), "tol": tol}
+    saved, result = read_provenance(path), read_provenance(path, "result.json")
     run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "flops_per_step")}
-    return run | {key: reached[0].get(key) for key in ("tokens", "seconds")} | {"log": log}
+    run["peak_memory_mib"] = result.get("peak_memory_mib") if result.get("step") == step else None
+    log = [line for line in read_log(path) if line["step"] <= step]
+    run |= {key: log[-1][key] if log else None for key in ("tokens", "seconds")}
+    val = [line for line in log if line["kind"] == "val"]
+    accuracy = [headline(line["scores"]["rows"]) for line in val]
+    return run | {"curve": {"tokens": [line["tokens"] for line in val], "accuracy": accuracy}}
 
 
 def settings_of(config, args):
@@ -1309,8 +1315,7 @@ def compare(args, loaded):
         score_run(entry, one, args)
     print(report(columns, args))
     if args.json:
-        entries = [{key: value for key, value in entry.items() if key != "log"} for entry in runs]
-        write_json(args.json, problems(args) | where(args) | {"runs": entries})
+        write_json(args.json, problems(args) | where(args) | {"runs": runs})
     if args.plot:
         plot(columns, args.plot, f"{args.n} {args.split} problems")
 

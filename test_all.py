@@ -2148,14 +2148,31 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
     assert "Traceback" not in said
 
 
-def test_eval_table_is_the_one_that_was_printed(finished, tmp_path, monkeypatch, capsys):
+def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
     """A table made from a results file is not that of the evaluation; or what is no results file gives a traceback."""
     out = tmp_path / "results.json"
-    argv = [finished["depo"], "--n", 16, "--N", 1, 2, "--mistakes", 0, "--json", out]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    trained = config_of(DEPO, "--out", tmp_path / "run")
+    assert train.run(trained) == 0
+    argv = [trained.out, "--n", 16, "--mistakes", 0, "--json", out]
+    assert call(evaluation.main, monkeypatch, [*argv, "--plot", first]) == 0
+    (run,) = json.loads(out.read_text())["runs"]
+    val = read_log(trained.out, "val")
+    assert run["curve"]["tokens"] == [line["tokens"] for line in val] and len(val) > 1
+    want = [evaluation.headline(line["scores"]["rows"]) for line in val]
+    assert run["curve"]["accuracy"] == want
+    result = json.loads((Path(trained.out) / "result.json").read_text())
+    assert run["peak_memory_mib"] == result["peak_memory_mib"] > 0 and run["seconds"] == result["seconds"]
+    assert call(evaluation.main, monkeypatch, [out, "--table", "--plot", again]) == 0
+    assert first.read_bytes() == again.read_bytes()
+    argv += ["--N", 1, 2]
+    capsys.readouterr()
     assert call(evaluation.main, monkeypatch, argv) == 0
     printed = capsys.readouterr().out
     assert call(evaluation.main, monkeypatch, [out, "--table"]) == 0
     assert capsys.readouterr().out in printed
+    assert call(evaluation.main, monkeypatch, [out, out, "--table", "--plot", again]) == 2
+    assert_one_line(capsys.readouterr().err, "--plot")
     assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "hops"]) == 0
     assert [line[:9] for line in capsys.readouterr().out.splitlines()[2:]] == ["| hops 1 ", "| hops 2 "]
     assert call(evaluation.main, monkeypatch, [out, "--table", "--rows", "op"]) == 2
