@@ -2157,7 +2157,7 @@ def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
     argv = [trained.out, "--n", 16, "--mistakes", 0, "--json", out]
     assert call(evaluation.main, monkeypatch, [*argv, "--plot", first]) == 0
     (run,) = json.loads(out.read_text())["runs"]
-    val = read_log(trained.out, "val")
+    val = read_log(Path(trained.out), "val")
     assert run["curve"]["tokens"] == [line["tokens"] for line in val] and len(val) > 1
     want = [evaluation.headline(line["scores"]["rows"]) for line in val]
     assert run["curve"]["accuracy"] == want
