@@ -112,8 +112,9 @@ def model_config(config, task):
 
 
 # flags that older checkpoints do not know, with the values that describe what those runs did
-LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", grow=0.0)
+LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all")
 LATER_FLAGS |= dict(
+    pace=False,
     init_from=None,
     init_dir=None,
     problems=None,
@@ -434,7 +435,7 @@ def budget_table(runs):
     for (setting, group), found in zip(groups, columns.values()):
         one = group[0]
         line = [*(str(setting[k]) for k in shown), f"{one['n_params']:,}", f"{one['tokens'] / 1e6:.1f}"]
-        line.append(f"{one['flops_per_step'] * one['step'] / 1e12:.1f}")
+        line.append(f"{one['flops'] / 1e12:.1f}")
         table.append(line + [cell([rows[k] for rows in found if k in rows], "accuracy", 100, 1) for k in keys])
     rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
     for floor in ("uniform", "majority", "literal"):
@@ -1142,6 +1143,8 @@ def with_defaults(run, rows):
     """A run of a results file, also of an older one, with only the difficulties that start with one of `rows`."""
     run = {"tol": 0.0, "curve": {"tokens": [], "accuracy": []}} | run
     kept = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
+    if not run.get("flops"):
+        run["flops"] = run["flops_per_step"] * run["step"]
     return {"evaluated_t": run["config"].get("t")} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
 
 
@@ -1274,7 +1277,7 @@ def describe_run(path, loaded, N, tol):
     run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "flops_per_step")}
     run["peak_memory_mib"] = result.get("peak_memory_mib") if result.get("step") == step else None
     log = [line for line in read_log(path) if line["step"] <= step]
-    run |= {key: log[-1][key] if log else None for key in ("tokens", "seconds")}
+    run |= {key: log[-1].get(key) if log else None for key in ("tokens", "seconds", "flops")}
     val = [line for line in log if line["kind"] == "val"]
     accuracy = [headline(line["scores"]["rows"]) for line in val]
     return run | {"curve": {"tokens": [line["tokens"] for line in val], "accuracy": accuracy}}

@@ -1417,7 +1417,7 @@ def test_data_batch_is_a_function_of_seed_split_and_number(task):
 
 
 def test_data_levels_make_the_same_problems_easier():
-    """--grow asks other things than shorter walks and fewer steps of the automaton, or changes the contexts."""
+    """A lower level asks other things than shorter walks and fewer steps of the automaton, or changes the contexts."""
     task = Depo(8, 4, 5, 1, 8)
     x, y, m = task.batch(3, "train", 7, 40, level=2)
     hops = x[(x > task.query) & (x < task.answer)] - task.query
@@ -2195,7 +2195,7 @@ def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys
     assert call(evaluation.main, monkeypatch, argv) == 0
     saved = json.loads(out.read_text())["runs"]
     for run in saved:
-        run["flops_per_step"] *= 10**6  # else they round to 0.0
+        run["flops"] *= 10**6  # else they round to 0.0
         run["tokens"] *= 1000
     out.write_text(json.dumps({"runs": saved}))
     capsys.readouterr()
@@ -2215,9 +2215,9 @@ def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys
         T, steps = data.Depo(**{k: run["config"][k] for k in ("nodes", "hops", "queries", "name_tokens")}).T, 20
         assert line[3] == f"{run['n_params']:,}"
         assert line[4] == f"{T * 8 * steps / 1000:.1f}"
-        assert line[5] == f"{run['flops_per_step'] * steps / 1e12:.1f}" != "0.0"
-        flops = train.flops_per_step(train.Config(**run["config"]))
-        assert run["flops_per_step"] == flops * 10**6
+        flops = train.flops_per_step(train.Config(**run["config"]), train.build_task(run["config"]))
+        assert run["flops_per_step"] == flops
+        assert line[5] == f"{flops * 10**6 * steps / 1e12:.1f}" != "0.0"
     assert [("± " in cell, "se" in cell) for cell in (lines[0][6], lines[2][6])] == [(False, True), (True, False)]
     assert lines[3][6:] == [f"{100 / 5:.1f}"] * 2
 
@@ -2441,7 +2441,7 @@ BAD_FLAGS = {
     "another task's name": ("--task chess", "--task"),
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
-    "growing for too long": ("--grow 1.5", "--grow"),
+    "pace and drawn passes": ("--pace --random-N", "--random-N"),
     "workers": ("--workers -1", "--workers"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
@@ -2560,7 +2560,7 @@ def test_train_workers_make_the_same_batches():
         config.workers = workers
         batches = train.Batches(task, config, 0, 1, "cpu")
         taken.append([batches.get(step) for step in range(3)])
-        assert max(batches.ahead) == 2
+        assert max(batches.ahead) == (2, 1)
         batches.close()
     for (a, count), (b, again) in zip(*taken):
         assert count == again and len(a) == len(b) == 2
@@ -2568,18 +2568,52 @@ def test_train_workers_make_the_same_batches():
             assert one[3] == other[3] and all(torch.equal(x, y) for x, y in zip(one[:3], other[:3]))
 
 
-def test_train_grows_harder():
-    """--grow skips a level, starts above the first, or ends below the last."""
-    config = config_of(DEPO, "--grow", "0.5")  # 20 steps, 2 hops
-    assert [train.difficulty(step, config, 2) for step in range(20)] == [1] * 10 + [2] * 10
-    assert [train.difficulty(step, config, 6) for step in (0, 3, 4, 6, 7, 9, 10, 19)] == [1, 1, 2, 2, 4, 4, 6, 6]
-    assert train.difficulty(0, config_of(DEPO), 2) == 2 and train.difficulty(0, config, 1) == 1
-    assert train.difficulty(9, config_of(DEPO, "--grow", "1e-300"), 16) == 16
+def test_train_pace_draws_passes_and_problems_that_fit():
+    """--pace leaves a level out, draws beyond it, or asks for more, or for less, than its passes' part of the task."""
+    config = config_of(DEPO, "--pace", "--hops", "5")  # N = 3
+    for level in (1, 2, 3):
+        drawn = [train.passes_of(step, config, level) for step in range(600)]
+        share = 600 / (level + 1)
+        assert set(drawn) == set(range(1, level + 1))
+        assert all(abs(drawn.count(n) - share * (1 + (n == level))) < 60 for n in set(drawn))
+    assert [train.difficulty(n, config, 5) for n in (1, 2, 3)] == [2, 4, 5]
+    assert [train.difficulty(n, config_of(DEPO), 5) for n in (1, 3)] == [5, 5]
     trainer = train.Trainer(config)
     batches = train.Batches(trainer.task, config, 0, 1, "cpu")
-    for step, hardest in ((0, 1), (9, 1), (10, 2)):
-        ((x, *_),), _ = batches.get(step)
-        assert (x[(x > trainer.task.query) & (x < trainer.task.answer)] - trainer.task.query).max() == hardest
+    asked = {1: set(), 3: set()}
+    for step in range(20):
+        for level in asked:  # what was made ahead for the other level must not be handed out
+            ((x, *_),), _ = batches.get(step, level)
+            hops = x[(x > trainer.task.query) & (x < trainer.task.answer)] - trainer.task.query
+            assert hops.max() == {1: 2, 2: 4, 3: 5}[train.passes_of(step, config, level)]
+            asked[level].add(int(hops.max()))
+    assert asked == {1: {2}, 3: {2, 4, 5}}
+
+
+def test_train_pace_rises_when_mastered(tmp_path, monkeypatch):
+    """A level rises before eight batches with as many passes are right, beyond N, or for batches with fewer passes."""
+    trainer, rising = train.Trainer(config_of(DEPO, "--pace")), []
+    for right in [0.89] * 8 + [1.0] * 7 + [0.1] + [0.91] * 16:
+        trainer.grow_up(torch.tensor(right))
+        rising.append(trainer.level)
+    assert rising == [1] * 23 + [2] * 8 + [3]
+    monkeypatch.setattr(train, "MASTERED", 0.0)
+    config = config_of(DEPO, "--pace", "--steps", 60, "--out", tmp_path / "whole")
+    assert train.run(config) == 0
+    lines = read_log(tmp_path / "whole")
+    levels, passes = [1, *(line["level"] for line in lines)], [line["passes"] for line in lines]
+    assert sorted(levels) == levels and levels[-1] == 3
+    assert passes == [train.passes_of(step, config, level) for step, level in enumerate(levels[:-1])]
+    second, third = levels.index(2), levels.index(3)  # the first step that is made at a level
+    assert second == 8 and passes[second:third].count(2) == 8
+    assert read_log(tmp_path / "whole", "val")[-1]["scores"]["passes"] == 3  # it is judged at its N
+    part = config_of(DEPO, "--pace", "--steps", 60, "--out", tmp_path / "part")
+    with monkeypatch.context() as patch:
+        after_step(patch, (13,), lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.run(part) == 128 + signal.SIGTERM
+    part.resume = True
+    assert train.run(part) == 0
+    assert read_log(tmp_path / "part") == lines
 
 
 def test_train_in_two_stages(tmp_path, monkeypatch):
@@ -2604,18 +2638,21 @@ def test_train_in_two_stages(tmp_path, monkeypatch):
 
 
 def test_train_draws_N_for_every_step(tmp_path):
-    """--random-N trains with other passes than drawn, draws them anew on resume, or leaves some out."""
+    """--random-N trains with other passes than drawn, leaves some out, or counts the FLOPs of others."""
     config = config_of(DEPO, "--random-N", "--out", tmp_path / "run")
-    drawn = [train.passes_of(step, config) for step in range(300)]
+    drawn = [train.passes_of(step, config, 1) for step in range(300)]
     assert {n: 70 <= drawn.count(n) <= 130 for n in set(drawn)} == {1: True, 2: True, 3: True}
-    assert drawn != [train.passes_of(step, config_of(DEPO, "--random-N", "--seed", 1)) for step in range(300)]
+    assert drawn != [train.passes_of(step, config_of(DEPO, "--random-N", "--seed", 1), 1) for step in range(300)]
     assert train.run(config) == 0
-    assert [line["passes"] for line in read_log(tmp_path / "run")] == drawn[:20]
+    lines = read_log(tmp_path / "run")
+    assert [line["passes"] for line in lines] == drawn[:20]
     val = read_log(tmp_path / "run", "val")[-1]["scores"]
     assert val["passes"] == 3  # it is judged at its N
-    fixed = [train.flops_per_step(config_of(DEPO, "--N", n)) for n in (1, 2, 3)]
-    assert train.flops_per_step(config) == pytest.approx(sum(fixed) / 3)
+    task = train.build_task(vars(config))
+    fixed = [train.flops_per_step(config_of(DEPO, "--N", n), task) for n in (1, 2, 3)]
     assert fixed[2] - fixed[1] == fixed[1] - fixed[0] > 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["flops"] == lines[-1]["flops"] == sum(fixed[n - 1] for n in drawn[:20])
 
 
 @pytest.mark.parametrize(
@@ -2659,7 +2696,7 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
     x, y, m = trainer.task.batch(0, "train", 0, 3)
     with mock.patch("model.delta_rule", counting), mock.patch("model.project", linear):
         trainer.algorithm(x, y, m, split_chunks(m, config.L))
-    assert train.flops_per_step(config) == 3 * (sum(counted) + sum(rules))
+    assert train.flops_per_step(config, trainer.task) == 3 * (sum(counted) + sum(rules))
 
 
 def shell(*argv, **environment):

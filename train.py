@@ -112,6 +112,9 @@ class Config:
     evict: str = flag("hard", "hard: only S survives a window; sliding: and the cache of L-1 tokens; all: all of it")
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
+    pace: bool = flag(
+        False, "grow up: begin with 1 pass and 1/N of t, hops or op; one more pass, and one part more, when mastered"
+    )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
     init_dir: str = flag(None, "its folder: config.json, *.safetensors and tokenizer.json")
@@ -130,7 +133,6 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     warmup: float = flag(0.02, "fraction of steps with rising learning rate")
     decay: float = flag(0.2, "fraction of steps with falling learning rate, at the end")
-    grow: float = flag(0.0, "fraction of the steps in which training grows harder: 1 hop or step, 2, 4, ...; 0: never")
     checkpoint: bool = flag(False, "recompute activations of sleeping passes in the backward (less memory)")
     # the run
     minutes: float = flag(None, "stop early after this much training time; --resume goes on")
@@ -223,7 +225,7 @@ def check_public(config, given):
     public = PRETRAINED[config.init_from]
     if config.task != "gsm":
         raise ValueError(f"--init-from reads text: use --task gsm, not {config.task}")
-    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions", "grow"}:
+    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions", "pace"}:
         raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --init-from: leave one of them out")
     if not config.init_dir or not os.path.isdir(config.init_dir):
         download = f"hf download {public.repo} --local-dir FOLDER"
@@ -291,8 +293,8 @@ def check(config, given):
         raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
     if not 0 <= config.workers <= 256:
         raise ValueError(f"--workers must be between 0 and 256, got {config.workers}")
-    if not 0 <= config.grow <= 1:
-        raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
+    if config.pace and config.random_N:
+        raise ValueError("--pace draws the passes itself: leave --random-N out")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch % (config.accumulate * ranks):
         raise ValueError(
@@ -642,17 +644,23 @@ def schedule(step, config):
     return min(1.0, rising, falling)
 
 
-def difficulty(step, config, levels):
-    """The hardest level (hops, t) of the problems of a training step: with --grow it doubles from 1 until it is all."""
-    if not config.grow:
-        return levels
-    doublings = math.ceil(math.log2(levels))
-    return min(levels, 2 ** int(min(doublings, doublings * step / (config.grow * config.steps))))
+MASTERED = 0.9  # --pace: the accuracy on training problems after which one more pass is made
 
 
-def passes_of(step, config):
-    """N of a training step with --random-N: a number from 1..N that depends on seed and step alone."""
-    return int(np.random.default_rng([config.seed, step]).integers(1, config.N + 1))
+def passes_of(step, config, level):
+    """N of a training step, a function of seed, step and level alone.
+
+    With --random-N it is drawn from 1..N. With --pace from 1..level, the level itself twice as often as each other.
+    """
+    rng = np.random.default_rng([config.seed, step])
+    if config.pace:
+        return min(level, int(rng.integers(1, level + 2)))
+    return int(rng.integers(1, config.N + 1)) if config.random_N else config.N
+
+
+def difficulty(passes, config, hardest):
+    """The hardest problems (hops, t, op) of a training step: with --pace as large a part as its passes are of N."""
+    return math.ceil(hardest * passes / config.N) if config.pace else hardest
 
 
 def start_worker():
@@ -677,16 +685,18 @@ class Batches:
         self.pool = pool() if config.workers else ThreadPoolExecutor(1)
         self.ahead = {}
 
-    def _start(self, step):
-        level = difficulty(step, self.config, self.task.levels)
-        return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch, level)
+    def _start(self, step, hardest):
+        return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch, hardest)
 
-    def get(self, step):
-        """The batch of one step, on the device; the next ones start being made."""
-        wanted = range(step, step + 2 + self.config.workers)
+    def get(self, step, level=1):
+        """The batch of one step, on the device; the next ones start being made. level: see passes_of."""
+        wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
+        passes = [passes_of(s, self.config, level) for s in wanted]
+        keys = [(s, difficulty(n, self.config, self.task.levels)) for s, n in zip(wanted, passes)]
         try:
-            self.ahead = {s: self.ahead.get(s) or self._start(s) for s in wanted if s < self.config.steps}
-            tensors = self.ahead[step].result()
+            # what was made ahead at a lower level is made again, so a resumed run sees the same
+            self.ahead = {key: self.ahead.get(key) or self._start(*key) for key in keys}
+            tensors = self.ahead[keys[0]].result()
         except BrokenProcessPool:
             raise ValueError(f"a worker died at step {step} (memory?): --resume with fewer --workers goes on") from None
         count = int(tensors[2].sum())
@@ -793,7 +803,8 @@ class Trainer:
             load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
         choose_parameters(self.model, config)
         self.optimizers = make_optimizers(self.model, config)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.tokens, self.seconds, self.flops, self.costs = 0, 0, 0.0, 0, {}
+        self.level, self.at_level = 1, []  # --pace: the most passes so far, and the accuracies with that many
         algorithm = algorithm_of(self.model, dataclasses.asdict(config))
         algorithm.use_checkpoint = config.checkpoint
         self.plain_algorithm = algorithm
@@ -832,9 +843,8 @@ class Trainer:
 
     def train_step(self, micro, count):
         """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm): no host sync here."""
-        if self.config.random_N:
-            plain = self.plain_algorithm
-            plain.config = dataclasses.replace(plain.config, N=passes_of(self.step, self.config))
+        N = passes_of(self.step, self.config, self.level)
+        self.plain_algorithm.config = dataclasses.replace(self.plain_algorithm.config, N=N)
         gradients = self.gradients if self.graphs is None else self.replayed_gradients
         out = gradients(micro, count)
         for optimizer, lr in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr)):
@@ -844,7 +854,19 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += self.config.batch * self.task.T
+        if N not in self.costs:
+            self.costs[N] = flops_per_step(dataclasses.replace(self.config, N=N), self.task)
+        self.flops += self.costs[N]
+        if self.config.pace and N == self.level < self.config.N:
+            self.grow_up(out["accuracy"])
         return out
+
+    def grow_up(self, accuracy):
+        """--pace: one more pass from now on, if the last eight batches with as many as yet were mastered."""
+        self.at_level.append(accuracy)
+        if len(self.at_level) == 8:  # reading the device makes the host wait: not at every step
+            self.level += float(torch.stack(self.at_level).mean()) >= MASTERED
+            self.at_level = []
 
     def first_step(self, micro, count):
         """train_step, but if the machine cannot compile (no C++ compiler, no Python headers), go on eagerly."""
@@ -858,6 +880,10 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
             return self.train_step(micro, count)
 
+    def counters(self):
+        """How far training is: for the log and for a checkpoint."""
+        return {name: getattr(self, name) for name in ("step", "tokens", "seconds", "flops", "level")}
+
     def save(self, path):
         """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole. Rank 0 only."""
         if self.rank:
@@ -866,7 +892,7 @@ class Trainer:
             raise NonFinite(self.step, {"a weight": math.nan})
         tensors = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
         tensors |= {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
-        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        counters = self.counters() | {"at_level": [float(accuracy) for accuracy in self.at_level]}
         temporary = path + ".tmp"
         try:
             torch.save({"format": 1, "config": dataclasses.asdict(self.config)} | counters | tensors, temporary)
@@ -888,7 +914,9 @@ class Trainer:
             self.optimizers[0].load_state_dict(saved["muon"])
             self.optimizers[1].load_state_dict(saved["adamw"])
             torch.set_rng_state(saved["rng"])
-            self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
+            for name in self.counters():
+                setattr(self, name, saved[name])
+            self.at_level = [torch.tensor(accuracy, device=self.config.device) for accuracy in saved["at_level"]]
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path} lacks what a resume needs ({error}): start a new run") from None
 
@@ -933,7 +961,7 @@ class Log:
         self.pending = []
         trainer = self.trainer
         speed = trainer.tokens / max(trainer.seconds, 1e-9)
-        line = {"kind": "train", "step": trainer.step, "tokens": trainer.tokens, "seconds": trainer.seconds}
+        line = {"kind": "train"} | trainer.counters()
         line |= values | {"lr": schedule(trainer.step - 1, trainer.config) * trainer.config.muon_lr}
         self.write(line)
         self.bar.set_postfix_str(f"loss {values['loss']:.3f} acc {values['accuracy']:.3f} {speed:,.0f} tok/s")
@@ -1005,7 +1033,7 @@ def train_loop(trainer, batches, log, interrupts):
     step_fn = trainer.first_step
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
-        log.add(step_fn(*batches.get(trainer.step)))
+        log.add(step_fn(*batches.get(trainer.step, trainer.level)))
         step_fn = trainer.train_step
         minutes = (trainer.seconds - earlier + time.perf_counter() - started) / 60  # a resumed run has them anew
         reason = interrupts.reason_to_stop(config.minutes and minutes > config.minutes, config.device)
@@ -1035,8 +1063,7 @@ def scores(trainer, split, n):
 def validate(trainer, log):
     """Score held-out validation problems and log them; only rank 0 does."""
     if log.active:
-        counters = {"step": trainer.step, "tokens": trainer.tokens, "seconds": trainer.seconds}
-        log.write({"kind": "val"} | counters | {"scores": scores(trainer, "val", trainer.config.eval_n)})
+        log.write({"kind": "val"} | trainer.counters() | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
 def device_name(config):
@@ -1068,27 +1095,23 @@ def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True
     return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
 
 
-def flops_per_step(config):
-    """Model FLOPs of one training step: forward, and twice that for the backward. Recomputation does not count. With
-    --random-N the mean over its N.
-    """
+def flops_per_step(config, task):
+    """Model FLOPs of one training step of N passes: forward, and twice that for the backward, without recomputation."""
     flags = dataclasses.asdict(config)
-    task, rules = build_task(flags), sleep_config(flags)
+    rules = sleep_config(flags)
     with torch.device("meta"):
         model = Model(model_config(flags, task))
     pattern, layers = model.config.pattern, model.layers
-    total, every_N = 0, range(1, config.N + 1) if config.random_N else [config.N]
+    total = 0
     for start, stop, heads in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
         seen = stop - start, min(start, rules.keep), window_of(rules.keep)
         if heads:
             total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
             total += 2 * heads * model.config.d_model * model.config.vocab_size
             continue
-        for N in every_N:
-            *order, last = sum(passes(pattern, dataclasses.replace(rules, N=N)), [])
-            cost = sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
-            cost += block_flops(layers[last], *seen, not rules.keep, rules.causal)
-            total += cost / len(every_N)
+        *order, last = sum(passes(pattern, rules), [])
+        total += sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
+        total += block_flops(layers[last], *seen, not rules.keep, rules.causal)
     return 3 * round(total) * config.batch
 
 
@@ -1103,7 +1126,7 @@ def provenance(trainer):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "ranks": trainer.ranks,
         "n_params": trainer.model.n_params(),
-        "flops_per_step": flops_per_step(config),
+        "flops_per_step": flops_per_step(config, trainer.task),
     }
 
 
@@ -1134,14 +1157,14 @@ def finish(trainer, log):
     """Score the test split once, print the table, write result.json."""
     config = trainer.config
     test = scores(trainer, "test", config.test_n)
-    result = provenance(trainer) | {"step": trainer.step, "tokens": trainer.tokens, "seconds": trainer.seconds}
+    result = provenance(trainer) | trainer.counters()
     result |= {"peak_memory_mib": peak_memory(config.device), "test": test}
     write_json(os.path.join(config.out, "result.json"), result)
     log.bar.close()
     print(f"\n{config.test_n} problems never seen in training:\n")
     print(markdown_table(test["rows"]))
     per_step = trainer.seconds / trainer.step
-    rate = result["flops_per_step"] / per_step / 1e9
+    rate = trainer.flops / trainer.seconds / 1e9
     print(f"\ntraining time: {trainer.seconds / 60:.1f} min ({1000 * per_step:.0f} ms per step, {rate:,.0f} GFLOP/s)")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
     print(f"next:          python eval.py {config.out}")
@@ -1165,7 +1188,7 @@ def announce(trainer):
     }
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
-    N = f"1 to {config.N}" if config.random_N else config.N
+    N = f"1 to {config.N}" if config.random_N or config.pace else config.N
     windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
     print(f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {N} times;")
     print(
