@@ -145,8 +145,8 @@ class Rule110:
     def __init__(self, width=24, t=32, strings=4):
         if not 3 <= width <= 62:
             raise ValueError(f"--width is {width}: a string needs 3 to 62 bits")
-        if t < 0:
-            raise ValueError(f"--t is {t}: use 0 (recall) or more steps")
+        if not 0 <= t <= 100_000:
+            raise ValueError(f"--t is {t}: use 0 (recall) to 100,000 steps")
         if strings < 1:
             raise ValueError(f"--strings is {strings}: use 1 or more")
         self.width, self.t, self.strings = width, t, strings

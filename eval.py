@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import textwrap
@@ -115,6 +116,7 @@ def model_config(config, task):
 LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all")
 LATER_FLAGS |= dict(
     pace=False,
+    grow=0.0,  # a flag that is gone: named, so that runs from before and after are the same setting
     init_from=None,
     init_dir=None,
     problems=None,
@@ -155,7 +157,8 @@ def load_weights(model, weights, path):
 
 def load_run(path, device):
     """
-    A trained model. path: a run directory or a checkpoint file -> model, task, config (the run's flags, a dict), step.
+    A trained model. path: a run directory or a checkpoint file -> model, task, config (the run's flags, a dict), and a
+    dict of how far training came: step, tokens, seconds, flops, level (None where an older checkpoint does not say).
     Raises ValueError as read_checkpoint, build_task and load_weights do.
     """
     file = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
@@ -171,7 +174,7 @@ def load_run(path, device):
         raise ValueError(f"{file} has no {error} in its config: it is from another version of train.py") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no checkpoint of this train.py ({error}): give one that is") from None
-    return model, task, config, saved["step"]
+    return model, task, config, {key: saved.get(key) for key in ("step", "tokens", "seconds", "flops", "level")}
 
 
 def read_provenance(path, name="config.json"):
@@ -196,7 +199,7 @@ def read_log(path):
     try:
         return [json.loads(line) for line in lines[:-1]]  # a line without its line break was cut off by a crash
     except ValueError:
-        raise ValueError(f"{file} is damaged: remove it, only the learning curves and token counts need it") from None
+        raise ValueError(f"{file} is damaged: remove it, only the learning curves need it") from None
 
 
 # -----------------------------------------------------------------------------
@@ -421,6 +424,11 @@ def columns_of(runs):
     return columns
 
 
+def mean_known(values, scale):
+    """The mean of the values in units of scale, one digit, for a table; empty if one is not known (None)."""
+    return "" if None in values else f"{statistics.mean(values) / scale:,.1f}"
+
+
 def budget_table(runs):
     """Markdown, one line per group of runs: its setting, what training cost, accuracies in percent; below, chance."""
     groups = groups_of(runs)
@@ -433,9 +441,10 @@ def budget_table(runs):
     table = [[*(k.replace("_", " ") for k in shown), *cost, *keys]]
     table.append(["--:" if k in ("N", *cost, *keys) else "---" for k in (*shown, *cost, *keys)])
     for (setting, group), found in zip(groups, columns.values()):
-        one = group[0]
-        line = [*(str(setting[k]) for k in shown), f"{one['n_params']:,}", f"{one['tokens'] / 1e6:.1f}"]
-        line.append(f"{one['flops'] / 1e12:.1f}")
+        # runs from before FLOPs were counted made the same passes in every step, or say their mean
+        flops = [run.get("flops") or run["flops_per_step"] and run["flops_per_step"] * run["step"] for run in group]
+        line = [*(str(setting[k]) for k in shown), f"{group[0]['n_params']:,}"]
+        line += [mean_known([run["tokens"] for run in group], 1e6), mean_known(flops, 1e12)]
         table.append(line + [cell([rows[k] for rows in found if k in rows], "accuracy", 100, 1) for k in keys])
     rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
     for floor in ("uniform", "majority", "literal"):
@@ -605,7 +614,7 @@ def draw_curves(ax, columns):
                 ax.plot(tokens, points[1], color=colour, lw=0.8, alpha=0.6, ls=(0, (1, 1)))
                 ax.plot(tokens, points[1], color=colour, **PAPER_STYLE)
     first = next(iter(columns.values()))[0]
-    if not several_t:
+    if not several_t and first["evaluated_t"] == first["config"].get("t"):
         draw_floors(ax, None, first["rows"], None, None)
     what = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}[first["config"]["task"]]
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
@@ -671,7 +680,7 @@ def draw_difficulty(ax, columns, field):
 
 def draw_paper(ax, runs, place, shift, field, colour):
     """The paper's final numbers for one column, as open diamonds: accuracy for Rule 110, loss for Depo."""
-    for run in {run["config"].get("t"): run for run in runs}.values():
+    for run in {run["evaluated_t"]: run for run in runs}.values():
         points = paper_points(run)
         if points and run["config"]["task"] == "rule110":
             ax.plot(place[f"t={run['config']['t']} exact"] + shift, points[1][-1], color=colour, **PAPER_STYLE)
@@ -708,7 +717,7 @@ def plot(columns, path, problems):
     labels, handles = zip(*legend)
     ncols = len(labels) if sum(map(len, labels)) < 74 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
-    t = sorted({run["config"]["t"] for run in runs}) if config["task"] == "rule110" else []
+    t = sorted({run["evaluated_t"] for run in runs}) if config["task"] == "rule110" else []
     sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     lines = textwrap.wrap(sizes, 110) + [f"{counts(columns)}, {problems}{spread}"]
@@ -1143,8 +1152,6 @@ def with_defaults(run, rows):
     """A run of a results file, also of an older one, with only the difficulties that start with one of `rows`."""
     run = {"tol": 0.0, "curve": {"tokens": [], "accuracy": []}} | run
     kept = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
-    if not run.get("flops"):
-        run["flops"] = run["flops_per_step"] * run["step"]
     return {"evaluated_t": run["config"].get("t")} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
 
 
@@ -1164,31 +1171,38 @@ def results_table(path, rows, budget=False, figure=None):
         scores = {header: [run["rows"] for run in group] for header, group in columns.items()}
         if not ordered_keys(scores):
             raise ValueError(f"{path} has no difficulty that starts with {' or '.join(rows)}: give another --rows")
-        if figure:
-            plot(columns, figure, f"{saved['n']} {saved['split']} problems")
-        return budget_table(runs) if budget else comparison_table(scores)
+        table = budget_table(runs) if budget else comparison_table(scores)
+        problems, curves = f"{saved.get('n')} {saved.get('split')} problems", [run["curve"]["tokens"] for run in runs]
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
+    if figure and not any(curves):
+        raise ValueError(f"{path} holds no learning curves: score its runs again, with --json and --plot")
+    if figure:
+        plot(columns, figure, problems)
+    return table
 
 
-MARKER = re.compile(r"^<!-- python eval\.py --table (\S+)( --budget)?(?: --rows (.+))? -->$")
+MARKER = re.compile(r"^<!-- python eval\.py (--table .+) -->$")
 END_MARKER = "<!-- end of table -->"
 
 
 def renewed_tables(path):
     """The text of a Markdown file with its generated tables made anew.
 
-    They stand between `<!-- python eval.py --table FILE.json -->`, FILE.json relative to the Markdown file, and
-    `<!-- end of table -->`. Raises ValueError or OSError where a results file cannot be read or the end is missing.
+    They stand between `<!-- python eval.py --table FILE.json -->`, FILE.json relative to the Markdown file, with or
+    without --rows and --budget, and `<!-- end of table -->`. Raises ValueError or OSError where a results file cannot
+    be read or the end is missing.
     """
     with open(path) as f:
         lines, new = iter(f.read().split("\n")), []
     for line in lines:
         new.append(line)
         if found := MARKER.match(line):
-            rows, budget = (found[3] or "").split(), bool(found[2])
-            table = results_table(os.path.join(os.path.dirname(path), found[1]), rows, budget)
-            new += [*table.split("\n"), END_MARKER]
+            asked = parse_args(shlex.split(found[1]))
+            for file in asked.runs:
+                table = results_table(os.path.join(os.path.dirname(path), file), asked.rows, asked.budget)
+                new += table.split("\n")
+            new.append(END_MARKER)
             if END_MARKER not in lines:  # this also skips what stood there
                 raise ValueError(f"{path}: no line {END_MARKER} after {line}")
     return "\n".join(new)
@@ -1196,8 +1210,12 @@ def renewed_tables(path):
 
 def report_tables(args):
     """`--table`: print the tables of results files; in a Markdown file, put them where it asks for them."""
-    if args.plot and (len(args.runs) > 1 or args.runs[0].endswith(".md")):
-        raise ValueError("--table --plot draws one results file: give one")
+    if args.plot and (len(args.runs) > 1 or args.rows or args.runs[0].endswith(".md")):
+        raise ValueError("--table --plot draws all of one results file: give one, and leave --rows out")
+    if (args.rows or args.budget) and any(path.endswith(".md") for path in args.runs):
+        raise ValueError(
+            "what the tables of a Markdown file show stands above each of them: leave --rows, --budget out"
+        )
     for path in args.runs:
         if not path.endswith(".md"):
             print(results_table(path, args.rows, args.budget, args.plot))
@@ -1212,8 +1230,11 @@ def report_tables(args):
 # the command line
 
 
-def parse_args():
-    """The command line. Raises ValueError for numbers that make no sense and for files that cannot be written."""
+def parse_args(argv):
+    """The words of a command line -> what they ask for.
+
+    Raises ValueError for numbers that make no sense and for files that cannot be written.
+    """
     parser = Parser(description="Score trained runs on problems that training never saw.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py, or a checkpoint file")
     parser.add_argument("--rows", nargs="+", default=[], help="--table: only difficulties that start so, such as hops")
@@ -1238,7 +1259,7 @@ def parse_args():
     parser.add_argument("--mistakes", type=int, default=3, help="wrong examples to print per run (default 3)")
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the results here (needs matplotlib)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     for name, least in {"n": 1, "seed": 0, "mistakes": 0, "tokens": 1}.items():
         if getattr(args, name) < least:
@@ -1268,19 +1289,25 @@ def parse_args():
     return args
 
 
+def learning_curve(path, step):
+    """The validations of a run up to a step: {"tokens": [...], "accuracy": [...]}, both empty without a log."""
+    try:
+        val = [line for line in read_log(path) if line["kind"] == "val" and line["step"] <= step]
+        accuracy = [headline(line["scores"]["rows"]) for line in val]
+        return {"tokens": [line["tokens"] for line in val], "accuracy": accuracy}
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise ValueError(f"the log.jsonl of {path} is damaged: remove it, only the learning curves need it") from None
+
+
 def describe_run(path, loaded, N, tol):
     """What is known of a run before it is scored, as in the JSON file. loaded: from load_run."""
-    model, task, config, step = loaded
-    run = {"path": path, "config": config, "step": step, "n_params": model.n_params()}
-    run |= {"evaluated_N": N, "evaluated_t": getattr(task, "t", None), "tol": tol}
+    model, task, config, progress = loaded
+    run = {"path": path, "config": config, "n_params": model.n_params(), "evaluated_N": N, "tol": tol}
+    run |= {"evaluated_t": getattr(task, "t", None)} | progress
     saved, result = read_provenance(path), read_provenance(path, "result.json")
     run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "flops_per_step")}
-    run["peak_memory_mib"] = result.get("peak_memory_mib") if result.get("step") == step else None
-    log = [line for line in read_log(path) if line["step"] <= step]
-    run |= {key: log[-1].get(key) if log else None for key in ("tokens", "seconds", "flops")}
-    val = [line for line in log if line["kind"] == "val"]
-    accuracy = [headline(line["scores"]["rows"]) for line in val]
-    return run | {"curve": {"tokens": [line["tokens"] for line in val], "accuracy": accuracy}}
+    run["peak_memory_mib"] = result.get("peak_memory_mib") if result.get("step") == run["step"] else None
+    return run | {"curve": learning_curve(path, run["step"])}
 
 
 def settings_of(config, args):
@@ -1306,10 +1333,10 @@ def compare(args, loaded):
     if args.t and loaded[0][1].name != "rule110":
         raise ValueError(f"--t is for Rule 110, {args.runs[0]} is {loaded[0][1].name}: leave --t out")
     both = []
-    for path, (model, task, config, step) in zip(args.runs, loaded):
-        tasks = [build_task(config | {"t": t}) for t in args.t] if args.t else [task]
+    for path, (model, task, config, progress) in zip(args.runs, loaded):
+        tasks = [build_task(config | {"t": t}) for t in dict.fromkeys(args.t)] if args.t else [task]
         several = itertools.product(tasks, settings_of(config, args))
-        both += [(path, (model, task, config, step), *setting) for task, setting in several]
+        both += [(path, (model, task, config, progress), *setting) for task, setting in several]
     runs = [describe_run(*each) for each in both]
     columns = columns_of(runs)
     for _, (model, _, config, _), N, tol in both:
@@ -1336,7 +1363,7 @@ def problems(args):
 def main():
     """The command line: exit status 0 when done, 2 with one line on stderr for what the user can mend."""
     try:
-        args = parse_args()
+        args = parse_args(sys.argv[1:])
         if args.table:
             report_tables(args)
             return

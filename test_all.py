@@ -1929,7 +1929,7 @@ def test_eval_leaves_training_untouched(flags):
     config = trainers[0].config
     for step in range(3):
         for i, trainer in enumerate(trainers):
-            trainer.train_step(*batches.get(step))
+            trainer.train_step(*batches.get(step, 1))
             model = trainer.model
             if i == 0:
                 before = torch.get_rng_state(), np.random.get_state()[1].tolist(), model.training
@@ -1967,8 +1967,8 @@ def test_eval_perfect_predictions_score_1_beside_chance(task):
 
 def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
     """What is scored is not what the model says: batches cut or shifted, predictions in the wrong columns."""
-    model, task, config, step = evaluation.load_run(str(finished["depo"]), "cpu")
-    assert step == 2
+    model, task, config, progress = evaluation.load_run(str(finished["depo"]), "cpu")
+    assert progress["step"] == 2 and progress["tokens"] == 2 * 8 * task.T
     x, y, m, pred, ce, passes = evaluation.predict(
         Algorithm1(model, SleepConfig(2)), task, "test", config["L"], 20, 3, 8
     )
@@ -2165,6 +2165,12 @@ def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
     assert run["peak_memory_mib"] == result["peak_memory_mib"] > 0 and run["seconds"] == result["seconds"]
     assert call(evaluation.main, monkeypatch, [out, "--table", "--plot", again]) == 0
     assert first.read_bytes() == again.read_bytes()
+    for wrong, part in ((["--rows", "hops"], "--rows"), ([], "learning curves")):
+        if not wrong:  # an older file
+            out.write_text(json.dumps({"runs": [{k: v for k, v in run.items() if k != "curve"}]}))
+        assert call(evaluation.main, monkeypatch, [out, "--table", "--plot", again, *wrong]) == 2
+        assert_one_line(capsys.readouterr().err, part)
+    assert first.read_bytes() == again.read_bytes()
     argv += ["--N", 1, 2]
     capsys.readouterr()
     assert call(evaluation.main, monkeypatch, argv) == 0
@@ -2187,7 +2193,8 @@ def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
 def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys):
     """A cost is that of another run, per step instead of in all, or a setting is told from another by nothing."""
     out, runs = tmp_path / "results.json", []
-    for seed, flags in enumerate(("", "--evict all --N 1", "--answer-passes 2", "--answer-passes 2")):
+    settings = ("", "--evict all --N 1", "--answer-passes 2", "--answer-passes 2", "--random-N", "--random-N")
+    for seed, flags in enumerate(settings):
         config = config_of(DEPO, *flags.split(), "--seed", seed, "--out", tmp_path / str(seed))
         assert train.run(config) == 0
         runs.append(tmp_path / str(seed))
@@ -2197,29 +2204,32 @@ def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys
     for run in saved:
         run["flops"] *= 10**6  # else they round to 0.0
         run["tokens"] *= 1000
+    saved[1]["flops"] = None  # as in an older file
+    saved[1]["flops_per_step"] *= 10**6
     out.write_text(json.dumps({"runs": saved}))
     capsys.readouterr()
     assert call(evaluation.main, monkeypatch, [out, "--table", "--budget", "--rows", "hops"]) == 0
     header, _, *lines = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
     )
-    assert header == ["N", "evict", "answer passes", "parameters", "tokens, M", "TFLOP", "hops 1", "hops 2"]
-    assert [line[:3] for line in lines] == [
-        ["1", "all", "1"],
-        ["3", "hard", "1"],
-        ["3", "hard", "2"],
-        ["*uniform*", "", ""],
-        ["*majority*", "", ""],
+    cost = ["parameters", "tokens, M", "TFLOP"]
+    assert header == ["N", "evict", "answer passes", "random N", *cost, "hops 1", "hops 2"]
+    assert [line[:4] for line in lines] == [
+        ["1", "all", "1", "False"],
+        ["3", "hard", "1", "False"],
+        ["3", "hard", "2", "False"],
+        ["3", "hard", "1", "True"],
+        ["*uniform*", "", "", ""],
+        ["*majority*", "", "", ""],
     ]
-    for line, run in zip(lines, (saved[1], saved[0], saved[2])):
-        T, steps = data.Depo(**{k: run["config"][k] for k in ("nodes", "hops", "queries", "name_tokens")}).T, 20
-        assert line[3] == f"{run['n_params']:,}"
-        assert line[4] == f"{T * 8 * steps / 1000:.1f}"
-        flops = train.flops_per_step(train.Config(**run["config"]), train.build_task(run["config"]))
-        assert run["flops_per_step"] == flops
-        assert line[5] == f"{flops * 10**6 * steps / 1e12:.1f}" != "0.0"
-    assert [("± " in cell, "se" in cell) for cell in (lines[0][6], lines[2][6])] == [(False, True), (True, False)]
-    assert lines[3][6:] == [f"{100 / 5:.1f}"] * 2
+    T = train.build_task(saved[0]["config"]).T
+    for line, group in zip(lines, (saved[1:2], saved[:1], saved[2:4], saved[4:])):
+        flops = [json.loads((Path(run["path"]) / "result.json").read_text())["flops"] for run in group]
+        assert line[4:6] == [f"{group[0]['n_params']:,}", f"{T * 8 * 20 / 1000:,.1f}"]
+        assert line[6] == f"{sum(flops) / len(flops) / 1e6:,.1f}" != "0.0"
+    assert flops[0] != flops[1]  # else the last line could be that of one seed
+    assert [("± " in cell, "se" in cell) for cell in (lines[0][7], lines[2][7])] == [(False, True), (True, False)]
+    assert lines[4][7:] == [f"{100 / 5:.1f}"] * 2
 
 
 def test_eval_table_renews_a_markdown_file(finished, tmp_path, monkeypatch, capsys):
@@ -2231,7 +2241,7 @@ def test_eval_table_renews_a_markdown_file(finished, tmp_path, monkeypatch, caps
     assert call(evaluation.main, monkeypatch, [out, "--table", "--budget", "--rows", "first"]) == 0
     table = capsys.readouterr().out
     before, after = (
-        "# A\n\n<!-- python eval.py --table results.json --budget --rows first -->\n",
+        "# A\n\n<!-- python eval.py --table results.json --rows first --budget -->\n",
         "<!-- end of table -->\n| b |\n",
     )
     text.write_text(before + "| old |\n\n| lines |\n" + after)
@@ -2242,6 +2252,12 @@ def test_eval_table_renews_a_markdown_file(finished, tmp_path, monkeypatch, caps
     assert call(evaluation.main, monkeypatch, [text, "--table"]) == 2
     assert_one_line(capsys.readouterr().err, "text.md")
     assert text.read_text() == before + "| old |\n"
+    for wrong in (["--budget"], ["--rows", "hops"]):
+        assert call(evaluation.main, monkeypatch, [text, "--table", *wrong]) == 2
+        assert_one_line(capsys.readouterr().err, "--rows, --budget")
+    text.write_text(before.replace("--rows", "--row-s") + after)
+    assert call(evaluation.main, monkeypatch, [text, "--table"]) == 2
+    assert_one_line(capsys.readouterr().err, "--row-s")
 
 
 BAD_QUESTIONS = {
@@ -2442,6 +2458,7 @@ BAD_FLAGS = {
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
     "pace and drawn passes": ("--pace --random-N", "--random-N"),
+    "pace of one pass": ("--pace --N 1", "--N 2"),
     "workers": ("--workers -1", "--workers"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
@@ -2524,7 +2541,7 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     found, per_row = [], None
     for accumulate in (1, 4):
         trainer = train.Trainer(config_of(DEPO, "--accumulate", accumulate))
-        micro, count = train.Batches(trainer.task, trainer.config, 0, 1, "cpu").get(0)
+        micro, count = train.Batches(trainer.task, trainer.config, 0, 1, "cpu").get(0, 1)
         assert len(micro) == accumulate
         per_row = torch.cat([m.sum(1) for _, _, m, _ in micro])
         assert int(per_row.sum()) == count
@@ -2544,7 +2561,7 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
         trainer = train.Trainer(config)
         batches = train.Batches(trainer.task, config, 0, 1, "cuda")
         for step in range(3):
-            out = trainer.train_step(*batches.get(step))
+            out = trainer.train_step(*batches.get(step, 1))
             rows = train.scores(trainer, "val", 16)["rows"]
         found.append({name: a.cpu() for name, a in out.items()} | {"exact": torch.tensor(rows["t=1 exact"]["loss"])})
         found[-1] |= {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
@@ -2559,7 +2576,7 @@ def test_train_workers_make_the_same_batches():
     for workers in (0, 2):
         config.workers = workers
         batches = train.Batches(task, config, 0, 1, "cpu")
-        taken.append([batches.get(step) for step in range(3)])
+        taken.append([batches.get(step, 1) for step in range(3)])
         assert max(batches.ahead) == (2, 1)
         batches.close()
     for (a, count), (b, again) in zip(*taken):
@@ -2588,6 +2605,10 @@ def test_train_pace_draws_passes_and_problems_that_fit():
             assert hops.max() == {1: 2, 2: 4, 3: 5}[train.passes_of(step, config, level)]
             asked[level].add(int(hops.max()))
     assert asked == {1: {2}, 3: {2, 4, 5}}
+    gsm = "--task gsm --preset tiny --pace --device cpu --N".split()  # op 1 to 3
+    assert train.parse_config([*gsm, "2", "--min-op", "2"]).pace
+    with pytest.raises(ValueError, match="begins with op 2: lower --min-op"):
+        train.parse_config([*gsm, "2", "--min-op", "3"])
 
 
 def test_train_pace_rises_when_mastered(tmp_path, monkeypatch):
@@ -2649,7 +2670,8 @@ def test_train_draws_N_for_every_step(tmp_path):
     val = read_log(tmp_path / "run", "val")[-1]["scores"]
     assert val["passes"] == 3  # it is judged at its N
     task = train.build_task(vars(config))
-    fixed = [train.flops_per_step(config_of(DEPO, "--N", n), task) for n in (1, 2, 3)]
+    chunks = split_chunks(task.batch(0, "train", 0, 1)[2], config.L)
+    fixed = [train.flops_per_step(config_of(DEPO, "--N", n), task, chunks) for n in (1, 2, 3)]
     assert fixed[2] - fixed[1] == fixed[1] - fixed[0] > 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["flops"] == lines[-1]["flops"] == sum(fixed[n - 1] for n in drawn[:20])
@@ -2694,9 +2716,10 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
         return delta_rule(q, k, v, g, beta, S)
 
     x, y, m = trainer.task.batch(0, "train", 0, 3)
+    chunks = split_chunks(m, config.L)
     with mock.patch("model.delta_rule", counting), mock.patch("model.project", linear):
-        trainer.algorithm(x, y, m, split_chunks(m, config.L))
-    assert train.flops_per_step(config, trainer.task) == 3 * (sum(counted) + sum(rules))
+        trainer.algorithm(x, y, m, chunks)
+    assert train.flops_per_step(config, trainer.task, chunks) == 3 * (sum(counted) + sum(rules))
 
 
 def shell(*argv, **environment):
@@ -3233,7 +3256,7 @@ def test_public_gradients_reach_the_inserted_blocks(small_public, tmp_path, toke
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     batches = train.Batches(trainer.task, config, 0, 1, "cpu")
     for step in range(2):
-        trainer.train_step(*batches.get(step))
+        trainer.train_step(*batches.get(step, 1))
     batches.close()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and {name.split(".")[1] for name in changed} == {"2", "4"}
@@ -3346,7 +3369,7 @@ def test_train_presets_fit_their_task(task, preset):
     config.workers, config.batch = 0, 32 * config.accumulate
     batches = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")
     for step in range(3):
-        micro, count = batches.get(step)
+        micro, count = batches.get(step, 1)
         assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].heads and micro[0][3][-1].heads
 
 
@@ -3365,8 +3388,7 @@ def test_repository_readme_commands_are_accepted(monkeypatch):
             train.parse_config(flags)
     monkeypatch.setattr(evaluation, "import_pyplot", lambda: None)  # the README's install does not bring matplotlib
     for flags in judging:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
-        evaluation.parse_args()
+        evaluation.parse_args(flags)
 
 
 def test_repository_readme_tables_are_those_of_the_results():

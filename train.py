@@ -113,7 +113,7 @@ class Config:
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     pace: bool = flag(
-        False, "grow up: begin with 1 pass and 1/N of t, hops or op; one more pass, and one part more, when mastered"
+        False, "begin with 1 pass and a part 1/N of t, hops or op; one more of both when 90 % of tokens are right"
     )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
@@ -293,8 +293,10 @@ def check(config, given):
         raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
     if not 0 <= config.workers <= 256:
         raise ValueError(f"--workers must be between 0 and 256, got {config.workers}")
-    if config.pace and config.random_N:
-        raise ValueError("--pace draws the passes itself: leave --random-N out")
+    if config.pace and (config.random_N or config.N == 1):
+        raise ValueError("--pace draws from 1 to N passes: use --N 2 or more, and leave --random-N out")
+    if config.pace and (config.min_op or config.op or 0) > math.ceil((config.op or 0) / config.N):
+        raise ValueError(f"--pace begins with op {math.ceil(config.op / config.N)}: lower --min-op to that")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch % (config.accumulate * ranks):
         raise ValueError(
@@ -644,7 +646,7 @@ def schedule(step, config):
     return min(1.0, rising, falling)
 
 
-MASTERED = 0.9  # --pace: the accuracy on training problems after which one more pass is made
+MASTERED = 0.9  # --pace: the share of scored tokens, in training, after which one more pass is made
 
 
 def passes_of(step, config, level):
@@ -658,9 +660,9 @@ def passes_of(step, config, level):
     return int(rng.integers(1, config.N + 1)) if config.random_N else config.N
 
 
-def difficulty(passes, config, hardest):
-    """The hardest problems (hops, t, op) of a training step: with --pace as large a part as its passes are of N."""
-    return math.ceil(hardest * passes / config.N) if config.pace else hardest
+def difficulty(n, config, hardest):
+    """The hardest problems (hops, t, op) of a training step of n passes: with --pace as large a part as n is of N."""
+    return math.ceil(hardest * n / config.N) if config.pace else hardest
 
 
 def start_worker():
@@ -688,13 +690,13 @@ class Batches:
     def _start(self, step, hardest):
         return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch, hardest)
 
-    def get(self, step, level=1):
+    def get(self, step, level):
         """The batch of one step, on the device; the next ones start being made. level: see passes_of."""
         wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
-        passes = [passes_of(s, self.config, level) for s in wanted]
-        keys = [(s, difficulty(n, self.config, self.task.levels)) for s, n in zip(wanted, passes)]
+        keys = [(s, difficulty(passes_of(s, self.config, level), self.config, self.task.levels)) for s in wanted]
+        for key in self.ahead.keys() - keys:  # made ahead at a lower level: a resumed run would not see it
+            self.ahead.pop(key).cancel()
         try:
-            # what was made ahead at a lower level is made again, so a resumed run sees the same
             self.ahead = {key: self.ahead.get(key) or self._start(*key) for key in keys}
             tensors = self.ahead[keys[0]].result()
         except BrokenProcessPool:
@@ -842,7 +844,10 @@ class Trainer:
         return self.graphs[key].replay(micro, count)
 
     def train_step(self, micro, count):
-        """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm): no host sync here."""
+        """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm).
+
+        The host waits for none of them, but with --pace for eight accuracies at a time.
+        """
         N = passes_of(self.step, self.config, self.level)
         self.plain_algorithm.config = dataclasses.replace(self.plain_algorithm.config, N=N)
         gradients = self.gradients if self.graphs is None else self.replayed_gradients
@@ -854,9 +859,11 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += self.config.batch * self.task.T
-        if N not in self.costs:
-            self.costs[N] = flops_per_step(dataclasses.replace(self.config, N=N), self.task)
-        self.flops += self.costs[N]
+        key = N, *micro[0][3]
+        if key not in self.costs:
+            config = dataclasses.replace(self.config, N=N)
+            self.costs[key] = flops_per_step(config, self.task, micro[0][3])
+        self.flops += self.costs[key]
         if self.config.pace and N == self.level < self.config.N:
             self.grow_up(out["accuracy"])
         return out
@@ -1095,15 +1102,18 @@ def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True
     return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
 
 
-def flops_per_step(config, task):
-    """Model FLOPs of one training step of N passes: forward, and twice that for the backward, without recomputation."""
+def flops_per_step(config, task, chunks):
+    """
+    Model FLOPs of one training step with N passes over these chunks (see split_chunks): forward, and twice that for the
+    backward. Recomputation does not count.
+    """
     flags = dataclasses.asdict(config)
     rules = sleep_config(flags)
     with torch.device("meta"):
         model = Model(model_config(flags, task))
     pattern, layers = model.config.pattern, model.layers
     total = 0
-    for start, stop, heads in split_chunks(task.batch(0, "train", 0, 1)[2], config.L):
+    for start, stop, heads in chunks:
         seen = stop - start, min(start, rules.keep), window_of(rules.keep)
         if heads:
             total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
@@ -1116,8 +1126,9 @@ def flops_per_step(config, task):
 
 
 def provenance(trainer):
-    """What ran where: for config.json and result.json."""
+    """What ran where: for config.json and result.json. flops_per_step: with all N passes, for the first batch."""
     config = trainer.config
+    chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, 1)[2], config.L)
     return {
         "config": dataclasses.asdict(config),
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
@@ -1126,7 +1137,7 @@ def provenance(trainer):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "ranks": trainer.ranks,
         "n_params": trainer.model.n_params(),
-        "flops_per_step": flops_per_step(config, trainer.task),
+        "flops_per_step": flops_per_step(config, trainer.task, chunks),
     }
 
 
@@ -1167,6 +1178,10 @@ def finish(trainer, log):
     rate = trainer.flops / trainer.seconds / 1e9
     print(f"\ntraining time: {trainer.seconds / 60:.1f} min ({1000 * per_step:.0f} ms per step, {rate:,.0f} GFLOP/s)")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
+    if config.pace and trainer.level < config.N:
+        print(
+            f"passes:        no more than {trainer.level} of {config.N} were learned: train longer, or score with --N"
+        )
     print(f"next:          python eval.py {config.out}")
 
 
