@@ -2011,6 +2011,7 @@ def test_eval_command_compares_passes_and_tolerances(finished, tmp_path, monkeyp
 
 def test_eval_asks_for_other_steps_than_trained(finished, tmp_path, monkeypatch, capsys):
     """--t scores other labels than those after t steps, its rows mix, or nothing tells what a model was trained for."""
+    pytest.importorskip("matplotlib")
     out, drawn = tmp_path / "steps.json", tmp_path / "steps.png"
     argv = [finished["rule110"], "--n", 300, "--t", 0, 1, 3, "--N", 1, 2, "--json", out, "--mistakes", 0]
     assert call(evaluation.main, monkeypatch, [*argv, "--plot", drawn]) == 0
@@ -2151,6 +2152,7 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
 def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
     """A table made from a results file is not that of the evaluation; or what is no results file gives a traceback."""
     out = tmp_path / "results.json"
+    pytest.importorskip("matplotlib")
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     trained = config_of(DEPO, "--out", tmp_path / "run")
     assert train.run(trained) == 0
