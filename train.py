@@ -654,10 +654,10 @@ def passes_of(step, config, level):
 
     With --random-N it is drawn from 1..N. With --pace from 1..level, the level itself twice as often as each other.
     """
+    if not (config.pace or config.random_N):
+        return config.N
     rng = np.random.default_rng([config.seed, step])
-    if config.pace:
-        return min(level, int(rng.integers(1, level + 2)))
-    return int(rng.integers(1, config.N + 1)) if config.random_N else config.N
+    return min(level, int(rng.integers(1, level + 2))) if config.pace else int(rng.integers(1, config.N + 1))
 
 
 def difficulty(n, config, hardest):
