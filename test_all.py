@@ -3375,6 +3375,15 @@ def test_train_presets_fit_their_task(task, preset):
         assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].heads and micro[0][3][-1].heads
 
 
+@pytest.mark.parametrize("program", (train, evaluation, kernels, data))
+def test_programs_print_their_help(program, monkeypatch, capsys):
+    """--help ends in a traceback, as it does when a help text has a bare percent sign."""
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert not end.value.code and "options:" in capsys.readouterr().out
+
+
 def test_repository_readme_commands_are_accepted(monkeypatch):
     """The README shows a command that the programs refuse."""
     commands = re.findall(r"^(?:.*&& )?((?:python|torchrun) .*?)(?:  .*)?$", (HERE / "README.md").read_text(), re.M)

@@ -236,7 +236,7 @@ def parse_config(argv):
     """Command line -> Config with everything resolved. Raises ValueError for contradictions."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         text += "" if f.default is None or isinstance(f.default, bool) else f" (default {f.default})"
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
