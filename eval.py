@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit
+from kernels import benchmark_table
 from model import PRETRAINED, Model, ModelConfig
 from sleep import (
     Algorithm1,
@@ -1143,9 +1144,33 @@ def read_results(path):
         raise ValueError(f"no file at {path}: give a results file that eval.py --json wrote") from None
     except (OSError, ValueError, TypeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
-    if not ("slopes" in saved or saved.get("runs")):
+    if not ("slopes" in saved or saved.get("runs") or saved.get("rows")):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote")
     return saved
+
+
+def number(value):
+    """A measured value as a table shows it: a text as it is, an integer in full, else three digits; None is empty."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:#.3g}"
+
+
+def measured_table(saved):
+    """Markdown of a file of measurements: a line per row, and the columns that the file names, {heading: key}."""
+    rows = [[row[key] for key in saved["columns"].values()] for row in saved["rows"]]
+    table = [[*saved["columns"]], ["---" if isinstance(value, str) else "--:" for value in rows[0]]]
+    table += [[number(value) for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def other_table(saved):
+    """The Markdown of a results file without scored runs: of --cost, --probe, kernels.py, or other measurements."""
+    if "slopes" in saved:
+        return cost_table(saved["rows"])
+    if "runs" in saved:
+        return probe_table(saved["runs"])
+    return benchmark_table(saved["rows"]) if "bandwidth" in saved else measured_table(saved)
 
 
 def with_defaults(run, rows):
@@ -1157,15 +1182,15 @@ def with_defaults(run, rows):
 
 def results_table(path, rows, budget=False, figure=None):
     """
-    The Markdown table(s) of a results file, of all its difficulties or of those that start with one of `rows`; with
+    The Markdown table of a results file, of all its difficulties or of those that start with one of `rows`; with
     `budget` that of budget_table. figure: a PNG to draw it to. Raises ValueError if the file holds no such results.
     """
     saved = read_results(path)
     try:
-        if "slopes" in saved or "held" in saved["runs"][0]:
-            if budget or figure:
-                raise ValueError(f"{path} has no scored runs: leave --{'budget' if budget else 'plot'} out")
-            return cost_table(saved["rows"]) if "slopes" in saved else probe_table(saved["runs"])
+        if "runs" not in saved or "held" in saved["runs"][0]:
+            if wrong := [name for name, given in (("rows", rows), ("budget", budget), ("plot", figure)) if given]:
+                raise ValueError(f"{path} has no scored runs: leave --{wrong[0]} out")
+            return other_table(saved)
         runs = [with_defaults(run, rows) for run in saved["runs"]]
         columns = columns_of(runs)
         scores = {header: [run["rows"] for run in group] for header, group in columns.items()}

@@ -2192,6 +2192,28 @@ def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
             assert_one_line(capsys.readouterr().err, "results.json")
 
 
+def test_eval_table_of_measurements(tmp_path, monkeypatch, capsys):
+    """A file of measurements shows other columns than it names, other digits than it has, or a benchmark's is lost."""
+    out = tmp_path / "results.json"
+    rows = [{"a": "first", "b": 12345, "c": 163.77, "d": 5}, {"a": "second", "b": 3, "c": 22.04, "d": 6}]
+    rows.append({"a": "third", "b": 4, "c": None, "d": 7})
+    columns = {"": "a", "tokens": "b", "ms": "c"}
+    out.write_text(json.dumps({"columns": columns, "rows": rows}))
+    assert call(evaluation.main, monkeypatch, [out, "--table"]) == 0
+    want = ["|  | tokens | ms |", "| --- | --: | --: |", "| first | 12,345 | 164 |", "| second | 3 | 22.0 |"]
+    assert capsys.readouterr().out.splitlines() == [*want, "| third | 4 |  |"]
+    out.write_text(json.dumps({"columns": columns | {"e": "e"}, "rows": rows}))
+    for wrong, part in (([], "results.json"), (["--rows", "a"], "--rows"), (["--budget"], "--budget")):
+        assert call(evaluation.main, monkeypatch, [out, "--table", *wrong]) == 2
+        assert_one_line(capsys.readouterr().err, part)
+    run = dict(shape="Depo", backward=False, graph=False, floor=2e-6)
+    rows = [run | dict(impl="recurrent", median=1e-3, ratio=500.0), run | dict(impl="triton", median=4e-6, ratio=2.0)]
+    out.write_text(json.dumps({"bandwidth": 1, "rows": rows}))
+    assert call(evaluation.main, monkeypatch, [out, "--table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| floor | recurrent | triton |") and lines[2].endswith("| 2 | 1,000 (500.0) | 4 (2.0) |")
+
+
 def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys):
     """A cost is that of another run, per step instead of in all, or a setting is told from another by nothing."""
     out, runs = tmp_path / "results.json", []
@@ -3316,7 +3338,7 @@ ROOMS = {
     "kernels": {"data"},  # its benchmark reads the command line
     "model": {"kernels"},
     "sleep": {"model"},
-    "eval": {"data", "model", "sleep"},
+    "eval": {"data", "kernels", "model", "sleep"},  # a table from its benchmark
     "train": {"data", "kernels", "model", "sleep", "eval"},
 }
 
