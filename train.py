@@ -168,13 +168,13 @@ FREE = {"minutes", "device", "init_dir", "threads", "resume", "compile", "cuda_g
 FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n"}
 
 PRESETS = {
-    "rule110": {
+    "rule110": {  # not in the paper: while asleep, small and tiny see the right neighbours that a new bit depends on
         "paper": dict(width=24, t=32, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=98_600,
                       muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
         "small": dict(width=24, t=12, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=20_000,
-                      muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
+                      sleep_attention="full", muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
         "tiny": dict(width=12, t=6, strings=2, L=12, pattern="AD", d_model=64, n_head=2, positions=True, batch=64,
-                     steps=2000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, eval_every=200),
+                     sleep_attention="full", steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, eval_every=200),
     },
     "depo": {
         "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
