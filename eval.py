@@ -1377,7 +1377,8 @@ def compare(args, loaded):
 
 def where(args):
     """What a results file says about the machine."""
-    return {"evaluated_on": f"{platform.machine()} {args.device}", "torch": torch.__version__}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    return {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
 
 
 def problems(args):

@@ -27,6 +27,7 @@ Read next: model.py, and the rest of this file at the end
 """
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -594,10 +595,12 @@ def measure(call, device, budget=1.0):
 def graphed(call):
     """The same call, replayed from a CUDA graph: what the GPU alone takes."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
     torch.cuda.synchronize()
+    gc.collect()  # what an old graph of autograd still holds from another stream would break the recording
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -674,7 +677,6 @@ def main():
         parser.error(f"cannot write {args.json}: give a file in a directory that exists")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")  # as in training
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()}, 1 thread)",
         "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)},

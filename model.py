@@ -24,6 +24,10 @@ import torch.nn.functional as F
 
 from kernels import delta_rule
 
+# on Hopper, cuDNN is the default of PyTorch 2.11 and later, but its backward can return NaN where there is a mask
+# (pytorch issue 196678), differs from run to run, and plans anew for every length of a growing cache
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # not in the paper: everything below d_model (heads, widths, norms, positions, convolution) is our choice; the README
 # lists them together
 

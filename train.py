@@ -17,6 +17,8 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
+import itertools
 import json
 import math
 import mmap
@@ -27,6 +29,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -174,7 +177,8 @@ PRESETS = {
         "small": dict(width=24, t=12, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=20_000,
                       sleep_attention="full", muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
         "tiny": dict(width=12, t=6, strings=2, L=12, pattern="AD", d_model=64, n_head=2, positions=True, batch=64,
-                     sleep_attention="full", steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5, eval_every=200),
+                     sleep_attention="full", steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5,
+                     eval_every=200),
     },
     "depo": {
         "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
@@ -776,8 +780,11 @@ class CudaGraph:
                 trainer.gradients(self.micro, self.count)
                 trainer.model.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(side)
+        gc.collect()  # what an old graph of autograd still holds from another stream would break the recording
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread makes batches
+        # one pool serves all graphs: they are replayed one after the other, and nothing is read after the next replay.
+        # thread_local: another thread makes batches
+        with torch.cuda.graph(self.graph, pool=trainer.graph_pool, capture_error_mode="thread_local"):
             self.out = trainer.gradients(self.micro, self.count)
         self.grads = [p.grad for p in self.parameters]  # the graph's own memory: a replay writes them there
 
@@ -814,6 +821,7 @@ class Trainer:
         if config.compile:
             self.model.compile_blocks()
         self.graphs = {} if config.cuda_graph and config.device == "cuda" and ranks == 1 else None
+        self.graph_pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
 
     def forward_backward(self, micro, count):
         """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch."""
@@ -883,6 +891,7 @@ class Trainer:
             reason = str(error).strip().splitlines()[0][:160]
             print(f"cannot compile here, training goes on eagerly and slower ({reason})", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
+            self.config.compile = False  # so says result.json
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             return self.train_step(micro, count)
@@ -1142,9 +1151,9 @@ def provenance(trainer):
 
 
 def peak_memory(device):
-    """Peak memory of this process in MiB: of the GPU if there is one, else resident."""
+    """Peak memory of this process in MiB: all it took from the GPU if there is one, else resident."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_reserved() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -1164,19 +1173,32 @@ def open_run(config, trainer):
         raise ValueError(f"cannot write {config.out} ({error}): choose another --out") from None
 
 
+def speed_of(run_dir):
+    """Seconds per step and FLOPs per second of a run: medians over its log, which compiling does not move.
+
+    None, None if the log has fewer than two lines.
+    """
+    lines = [line for line in read_log(run_dir) if line["kind"] == "train"]
+    parts = [[b[key] - a[key] for key in ("step", "seconds", "flops")] for a, b in itertools.pairwise(lines)]
+    if not parts:
+        return None, None
+    return statistics.median(s / n for n, s, _ in parts), statistics.median(f / s for _, s, f in parts)
+
+
 def finish(trainer, log):
     """Score the test split once, print the table, write result.json."""
     config = trainer.config
     test = scores(trainer, "test", config.test_n)
     result = provenance(trainer) | trainer.counters()
+    per_step, rate = speed_of(config.out)
+    result |= {"seconds_per_step": per_step, "flops_per_second": rate}
     result |= {"peak_memory_mib": peak_memory(config.device), "test": test}
     write_json(os.path.join(config.out, "result.json"), result)
     log.bar.close()
     print(f"\n{config.test_n} problems never seen in training:\n")
     print(markdown_table(test["rows"]))
-    per_step = trainer.seconds / trainer.step
-    rate = trainer.flops / trainer.seconds / 1e9
-    print(f"\ntraining time: {trainer.seconds / 60:.1f} min ({1000 * per_step:.0f} ms per step, {rate:,.0f} GFLOP/s)")
+    speed = f" ({1000 * per_step:.0f} ms per step, {rate / 1e9:,.0f} GFLOP/s)" if per_step else ""
+    print(f"\ntraining time: {trainer.seconds / 60:.1f} min{speed}")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
     if config.pace and trainer.level < config.N:
         print(
@@ -1220,7 +1242,6 @@ def run(config):
         # the others wait while rank 0 makes problems
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("high")
     trainer = Trainer(config, rank, ranks)
     open_run(config, trainer)
     if rank == 0:
