@@ -1153,7 +1153,7 @@ def number(value):
     """A measured value as a table shows it: a text as it is, an integer in full, else three digits; None is empty."""
     if value is None or isinstance(value, str):
         return value or ""
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def measured_table(saved):

@@ -2197,11 +2197,12 @@ def test_eval_table_of_measurements(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
     rows = [{"a": "first", "b": 12345, "c": 163.77, "d": 5}, {"a": "second", "b": 3, "c": 22.04, "d": 6}]
     rows.append({"a": "third", "b": 4, "c": None, "d": 7})
+    rows.append({"a": "fourth", "b": 5, "c": 99.97, "d": 8})
     columns = {"": "a", "tokens": "b", "ms": "c"}
     out.write_text(json.dumps({"columns": columns, "rows": rows}))
     assert call(evaluation.main, monkeypatch, [out, "--table"]) == 0
     want = ["|  | tokens | ms |", "| --- | --: | --: |", "| first | 12,345 | 164 |", "| second | 3 | 22.0 |"]
-    assert capsys.readouterr().out.splitlines() == [*want, "| third | 4 |  |"]
+    assert capsys.readouterr().out.splitlines() == [*want, "| third | 4 |  |", "| fourth | 5 | 100 |"]
     out.write_text(json.dumps({"columns": columns | {"e": "e"}, "rows": rows}))
     for wrong, part in (([], "results.json"), (["--rows", "a"], "--rows"), (["--budget"], "--budget")):
         assert call(evaluation.main, monkeypatch, [out, "--table", *wrong]) == 2
