@@ -1882,7 +1882,8 @@ def test_data_gsm_explains_its_problems(monkeypatch, capsys):
 # eval.py: how it is judged
 
 RULE110 = "--task rule110 --preset tiny --width 8 --strings 2 --t 1 --L 8 --N 2 --d-model 16 --n-head 2 --batch 8 "
-RULE110 += "--steps 20 --eval-every 5 --eval-n 16 --test-n 16 --log-every 1 --save-every 5 --device cpu --no-compile"
+RULE110 += "--steps 20 --eval-every 5 --eval-n 16 --test-n 16 --log-every 1 --save-every 5 --device cpu --no-compile "
+RULE110 += "--sleep-attention causal"
 DEPO = (
     "--task depo --preset tiny --nodes 6 --hops 2 --queries 2 --name-tokens 2 --min-nodes 3 --L 12 --N 3 --d-model 16 "
 )
@@ -2723,6 +2724,7 @@ def test_train_draws_N_for_every_step(tmp_path):
         RULE110,
         DEPO + " --N 3 --loop 1:2 --pattern ADA --n-head 4 --n-kv-head 2",
         RULE110 + " --evict sliding",
+        RULE110 + " --evict sliding --sleep-attention full",
         DEPO + " --evict all",
         DEPO + " --evict all --sleep-attention full --answer-passes 2",
         DEPO + " --sleep-attention full --answer-passes 2",
@@ -2741,7 +2743,7 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
         x, _, _, mask = args
         pairs = x.shape[1] ** 2 / 2
         if mask is not None:
-            pairs = int(mask.sum()) - int(mask[:, 0].sum()) / 2 * (not mask.all())
+            pairs = int(mask.sum()) - int(mask[:, 0].sum()) / 2 * (not mask[0, -1])
         counted.append(4 * pairs * len(x) * x.shape[2])
 
     for module in trainer.model.modules():

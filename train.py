@@ -1107,7 +1107,7 @@ def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True
     window = min(mixer.window, window)
     growing = max(0, min(T, window - past))  # tokens that see everything before them; the others see a full window
     pairs = growing * past + growing**2 / 2 + (T - growing and (T - growing) * window)
-    pairs += 0 if causal else T * T / 2
+    pairs += 0 if causal else (T * (T - 1) + growing) / 2
     return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
 
 
