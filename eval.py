@@ -339,6 +339,11 @@ def cell(rows, field, scale, digits):
     return f"{text} (se {scale * rows[0]['stderr']:.{digits}f})" if field == "accuracy" else text
 
 
+def as_markdown(table):
+    """Lists of cells, the header and the line of dashes first, as the text of a Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
 def comparison_table(columns, field="accuracy"):
     """
     Markdown, one line per difficulty. columns: header -> list over seeds of rows as in `evaluate`.
@@ -354,7 +359,7 @@ def comparison_table(columns, field="accuracy"):
         one = next(rows[0] for rows in found.values() if rows)  # the labels, hence the floors, are the same for all
         line = [key, str(one["n"]), *(f"{100 * one[floor]:.1f}" for floor in floors)]
         table.append(line + [cell(rows, field, scale, digits) for rows in found.values()])
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return as_markdown(table)
 
 
 def markdown_table(rows):
@@ -452,7 +457,7 @@ def budget_table(runs):
         if all(floor in row for row in rows.values()):
             empty = [""] * (len(shown) + len(cost) - 1)
             table.append([f"*{floor}*", *empty, *(f"{100 * rows[key][floor]:.1f}" for key in keys)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return as_markdown(table)
 
 
 def counts(columns):
@@ -1161,7 +1166,7 @@ def measured_table(saved):
     rows = [[row[key] for key in saved["columns"].values()] for row in saved["rows"]]
     table = [[*saved["columns"]], ["---" if isinstance(value, str) else "--:" for value in rows[0]]]
     table += [[number(value) for value in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return as_markdown(table)
 
 
 def other_table(saved):

@@ -782,7 +782,7 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         gc.collect()  # what an old graph of autograd still holds from another stream would break the recording
         self.graph = torch.cuda.CUDAGraph()
-        # one pool serves all graphs: they are replayed one after the other, and nothing is read after the next replay.
+        # one pool serves all graphs: they are replayed one after the other, and nothing of one is read after the next.
         # thread_local: another thread makes batches
         with torch.cuda.graph(self.graph, pool=trainer.graph_pool, capture_error_mode="thread_local"):
             self.out = trainer.gradients(self.micro, self.count)
