@@ -3,14 +3,16 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
-    batch(seed, split, s, B) -> x, y, m     tokens, next tokens, and which positions are scored; with `level`, easier
+    batch(seed, split, s, B, level)         x, y, m: tokens, next tokens, and which positions are scored; problems need
+                                            no more than `level` steps, hops or operations, by default all `levels`
     score(x, y, m, pred)                    what was answered right, one array per difficulty
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
     decode(ids), encode(text)               text for people, and back
     prompt, answer_tokens                   what asks for the answer after the context ("": a question does), its length
-    hidden(x)                               what a memory of the context could hold, for a probe of it
-    problem_hashes(x)                       proof that the splits share no problem
+    explain(x, y, m)                        one example, for people
+    hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
+    problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
 
 To see three examples that can be checked by hand:

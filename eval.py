@@ -20,7 +20,6 @@ Read next: train.py
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ import statistics
 import sys
 import textwrap
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -113,8 +112,12 @@ def model_config(config, task):
     return ModelConfig(task.vocab_size, n_pos=n_pos, **{name: config[name] for name in names})
 
 
+# flags that do not define what is learnt: a resumed run may change them (some of them round differently)
+FREE = {"minutes", "device", "init_dir", "threads", "resume", "compile", "cuda_graph", "checkpoint", "workers", "out"}
+FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulate"}
+
 # flags that older checkpoints do not know, with the values that describe what those runs did
-LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all")
+LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False)
 LATER_FLAGS |= dict(
     pace=False,
     grow=0.0,  # a flag that is gone: named, so that runs from before and after are the same setting
@@ -129,14 +132,14 @@ LATER_FLAGS |= dict(
 )
 
 
-def read_checkpoint(path, device):
+def read_checkpoint(path):
     """
-    A checkpoint of train.py: the plain dict that was saved, its tensors on the device. Code in it is never run.
+    A checkpoint of train.py: the plain dict that was saved, its tensors on the CPU. Code in it is never run.
     Raises ValueError if the file is missing, damaged or not one of ours.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: give a run directory of train.py, such as out/depo-N4-s0")
-    saved = read_plain(path, device)
+    saved = read_plain(path, "cpu")  # a GPU need not hold what is read, AdamW's step counters must not go there
     ours = isinstance(saved, dict) and {"format", "config", "model", "step"} <= saved.keys()
     if not ours or saved["format"] != 1 or not isinstance(saved["config"], dict):
         raise ValueError(f"{path} is no checkpoint of this train.py (format 1): give one that is")
@@ -156,14 +159,19 @@ def load_weights(model, weights, path):
     model.load_state_dict(weights)
 
 
+def checkpoint_of(path):
+    """The checkpoint file of a run directory, or the path itself."""
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+
+
 def load_run(path, device):
     """
     A trained model. path: a run directory or a checkpoint file -> model, task, config (the run's flags, a dict), and a
     dict of how far training came: step, tokens, seconds, flops, level (None where an older checkpoint does not say).
     Raises ValueError as read_checkpoint, build_task and load_weights do.
     """
-    file = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    saved = read_checkpoint(file, device)
+    file = checkpoint_of(path)
+    saved = read_checkpoint(file)
     config = saved["config"]
     try:
         config["seed"]
@@ -207,12 +215,15 @@ def read_log(path):
 # evaluation
 
 BATCH = 256  # problems at a time on the command line; fixed, because a task's problems depend on the batch size
+TOKENS_AT_ONCE = 2**16  # of them that the model sees at a time: long texts would not fit into a GPU's memory
 
 
 def sleep_config(config):
     """How a run's flags (a dict) say to sleep. Raises ValueError where SleepConfig does."""
     keep, causal = kept_tokens(config["evict"], config["L"]), config["sleep_attention"] == "causal"
-    return SleepConfig(config["N"], parse_loop(config["loop"]), keep, causal, config.get("tol", 0.0))
+    return SleepConfig(
+        config["N"], parse_loop(config["loop"]), keep, causal, config.get("tol", 0.0), config["reinject"]
+    )
 
 
 def algorithm_of(model, config):
@@ -240,7 +251,9 @@ def predict(algorithm, task, split, L, n, seed, batch):
                 range(-(-n // batch)), f"N={algorithm.config.N}", leave=False, disable=None
             ):  # None: only on a terminal
                 x, y, m = (a[: n - s * batch] for a in task.batch(seed, split, s, batch))
-                batches.append((x, y, m, *answers(algorithm, x, y, m, split_chunks(m, L), device)))
+                chunks = split_chunks(m, L)
+                for part in zip(*(a.split(max(1, TOKENS_AT_ONCE // task.T)) for a in (x, y, m))):
+                    batches.append((*part, *answers(algorithm, *part, chunks, device)))
     finally:
         model.train(training)
     return tuple(torch.cat(a) for a in zip(*batches))
@@ -370,9 +383,7 @@ def markdown_table(rows):
 # -----------------------------------------------------------------------------
 # several runs side by side
 
-# flags that do not define what is learnt; t is the difficulty of Rule 110, which is a line of the table
-NOT_SETTING = {"task", "preset", "seed", "t", "accumulate", "checkpoint", "minutes", "eval_every", "eval_n", "test_n"}
-NOT_SETTING |= {"log_every", "save_every", "device", "compile", "cuda_graph", "workers", "threads", "out", "resume"}
+NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is the difficulty of Rule 110: a line of the table
 
 
 def describe(config):
@@ -399,7 +410,9 @@ def groups_of(runs):
     settings, groups = {}, {}
     elsewhere = any(run["evaluated_t"] != run["config"].get("t") for run in runs)
     for run in runs:
-        setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING}
+        setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING and v is not None}
+        if "start_from" in setting:  # the first stage's seed is no setting either
+            setting["start_from"] = re.sub(r"-s\d+(?=/|$)", "", setting["start_from"])
         whole = run["step"] == setting["steps"]
         setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
         setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
@@ -526,10 +539,12 @@ PAPER = {
         4: ((1, 2, 4, 8, 16), (0.22, 0.43, 0.79, 1.16, 1.46)),
     },
 }
-PAPER_SIZES = {
+PAPER_SETTING = {
     "rule110": {"width": 24, "strings": 4, "L": 24},
     "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75},
 }
+for setting in PAPER_SETTING.values():
+    setting |= {"evict": "hard", "sleep_attention": "causal", "reinject": False, "answer_passes": 1}
 
 COLOURS = {1: "#6b7280", 2: "#0072b2", 3: "#009e73", 4: "#d55e00", 6: "#cc79a7", 8: "#e69f00"}
 PAPER_STYLE = {"linestyle": "none", "marker": "D", "markersize": 6, "markerfacecolor": "white", "zorder": 4}
@@ -547,17 +562,17 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def is_paper_size(config):
-    """Whether a run's task has the sizes of the paper."""
-    sizes = PAPER_SIZES.get(config["task"])  # none of GSM-Infinite: the paper starts from pretrained models there
-    return sizes is not None and all(config[size] == value for size, value in sizes.items())
+def is_paper_setting(config):
+    """Whether a run's task has the sizes of the paper, and is read and answered as there."""
+    setting = PAPER_SETTING.get(config["task"])  # none of GSM-Infinite: the paper starts from pretrained models there
+    return setting is not None and all(config[key] == value for key, value in setting.items())
 
 
 def paper_points(run):
     """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting."""
     config = run["config"]
     as_trained = (run["evaluated_N"], run["evaluated_t"], run["tol"]) == (config["N"], config.get("t"), 0)
-    if not is_paper_size(config) or not as_trained:
+    if not is_paper_setting(config) or not as_trained:
         return None
     return PAPER[config["task"]].get((config["t"], config["N"]) if config["task"] == "rule110" else config["N"])
 
@@ -633,7 +648,10 @@ def models_of(runs):
         {"evaluated_N": run["config"]["N"], "evaluated_t": run["config"].get("t"), "tol": 0.0} for run in runs
     )
     once = {run["path"]: run | trained for run, trained in zip(runs, as_trained)}
-    kinds = {header: {run["path"] for run in group} for header, group in columns_of(list(once.values())).items()}
+    trained, kinds = by_t(list(once.values())), {}
+    for t, same in trained.items():
+        for header, group in columns_of(same).items():
+            kinds[header + (f", trained t {t}" if len(trained) > 1 else "")] = {run["path"] for run in group}
     every_t, models = list(dict.fromkeys(run["evaluated_t"] for run in runs)), {}
     for (header, paths), t in itertools.product(kinds.items(), every_t):
         name = f"{header}, t={t}" if len(every_t) > 1 else header
@@ -706,9 +724,11 @@ def plot(columns, path, problems):
     plt.rcParams.update({"grid.color": "#e5e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True})
     runs = [run for group in columns.values() for run in group]
     config = runs[0]["config"]
-    with_loss = config["task"] == "depo" and is_paper_size(config)
+    with_loss = config["task"] == "depo" and is_paper_setting(config)
     figure, axes = plt.subplots(1, 2 + with_loss, figsize=(9 + 4 * with_loss, 4.4), layout="constrained")
-    again = len({run["path"] for run in runs}) < len(runs)  # some model is scored in more than one way
+    # some model is scored in more than one way, or in another one than its learning curve
+    again = len({run["path"] for run in runs}) < len(runs)
+    again |= any((run["evaluated_N"], run["tol"]) != (run["config"]["N"], 0) for run in runs)
     (draw_passes if again else draw_curves)(axes[0], columns)
     draw_difficulty(axes[1], columns, "accuracy")
     for ax in axes[:2]:
@@ -749,13 +769,6 @@ def milliseconds(call, device, repeats=20):
     return times[1:]
 
 
-@torch.no_grad()
-def answer_one(model, state, x, past, window):
-    """One more token greedily: x (B, T) ids, `past` tokens into their window, on top of a state."""
-    h, _ = model.blocks(model.embed(x, past), state, window=window)
-    return model.head(h[:, -1:]).argmax(-1)
-
-
 def time_sleeper(sleeper, device):
     """One row of `measure_cost`: times in ms (lists) of sleeping and of answering, now; nothing of it stays.
 
@@ -773,8 +786,7 @@ def time_sleeper(sleeper, device):
             times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, keep), device)
         for name, past in {"empty": 1, "full": L - 1}.items():
             _, read = model.blocks(model.embed(ids[:, :past]), state, window=window_of(keep))
-            one = functools.partial(answer_one, model, read, ids[:, :1], past, window_of(keep))
-            times[f"next, {name}"] = milliseconds(one, device)
+            times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, s, ids[:, :1], 1, keep), device)
     return times
 
 
@@ -782,7 +794,9 @@ def cache_bytes(model, tokens):
     """What the attention layers' keys and values of a text would take if none were evicted."""
     attention = [block.mixer for block in model.layers if block.attends]
     numbers = sum(2 * min(tokens, mixer.window) * mixer.k_proj.out_features for mixer in attention)
-    return numbers * model.embedding.weight.itemsize
+    kind = model.embedding.weight.device.type
+    autocasting = torch.is_autocast_enabled(kind)
+    return numbers * (torch.get_autocast_dtype(kind) if autocasting else model.embedding.weight.dtype).itemsize
 
 
 def measure_cost(model, config, Ns, tokens, device):
@@ -853,7 +867,6 @@ def report_cost(args, loaded):
     Ns = list(dict.fromkeys(args.N or sorted({1, 2, 4, config["N"]})))
     for N in Ns:
         algorithm_of(model, config | {"N": N})
-    torch.set_num_threads(config["threads"])
     rows = measure_cost(model, config, Ns, args.tokens, args.device)
     print(f"{args.runs[0]}: milliseconds for a batch of one, median (quartiles); a window is {config['L']} tokens\n")
     print(cost_table(rows))
@@ -869,10 +882,11 @@ def report_cost(args, loaded):
 
 @torch.no_grad()
 def memories(model, task, config, split, seed, n):
-    """What the memory of n problems holds, pass by pass over the last window of their context.
+    """What the memory of n problems holds if each window of their context is slept over 0..N times.
 
-    config: the run's flags, a dict. Returns x (n, T); the fast weights after passes 0..N, a list of (n, numbers), on
-    the CPU; and how much each pass changed each delta layer's, relative, (N, delta layers), averaged over problems.
+    config: the run's flags, a dict. Returns x (n, T); the fast weights after 0..N passes, a list of (n, numbers), on
+    the CPU; and how much each of N passes over the last window changed each delta layer's, relative, (N, delta
+    layers), averaged over problems.
     """
     rules, L, device = sleep_config(config), config["L"], model.embedding.weight.device
     deltas = [i for i, kind in enumerate(model.config.pattern.upper()) if kind == "D"]
@@ -880,17 +894,17 @@ def memories(model, task, config, split, seed, n):
     for s in tqdm(range(math.ceil(n / BATCH)), "memories", leave=False, disable=None):
         x = task.batch(seed, split, s, BATCH)[0][: n - s * BATCH]
         windows = x[:, : task.context].to(device).split(L, 1)
-        state = model.initial_state()
-        with autocast(device):
-            for window in windows[:-1]:
-                state = sleep(model, model.embed(window), state, rules)[0]
-            for i, (_, new) in enumerate(sleep_passes(model, model.embed(windows[-1]), state, rules)):
-                if i == 0:  # before the first sleep S is zero
-                    before = [new[j].S * 0 if state[j].S is None else state[j].S for j in deltas]
-                    memory[0].append(torch.cat([S.flatten(1) for S in before], 1).cpu())
-                changes[i] += torch.stack([relative_change([state[j]], [new[j]]).sum() / n for j in deltas])
-                memory[i + 1].append(torch.cat([new[j].S.flatten(1) for j in deltas], 1).cpu())
-                state = new
+        for N in range(1, rules.N + 1):
+            state, fewer = model.initial_state(), replace(rules, N=N)
+            with autocast(device):
+                for window in windows[:-1]:
+                    state = sleep(model, model.embed(window), state, fewer)[0]
+                for i, (_, new) in enumerate(sleep_passes(model, model.embed(windows[-1]), state, fewer)):
+                    if N == rules.N:
+                        changes[i] += torch.stack([relative_change([state[j]], [new[j]]).sum() / n for j in deltas])
+                    state = new
+            memory[N].append(torch.cat([state[j].S.flatten(1) for j in deltas], 1).cpu())
+        memory[0].append(torch.zeros_like(memory[1][-1]))
         xs.append(x)
     return torch.cat(xs), [torch.cat(part) for part in memory], changes.tolist()
 
@@ -1400,6 +1414,7 @@ def main():
             return
         loaded = [load_run(path, args.device) for path in args.runs]
         check_same_task(args.runs, [config for _, _, config, _ in loaded])
+        torch.set_num_threads(loaded[0][2]["threads"])
         do = report_cost if args.cost else report_probe if args.probe else chat if args.chat else compare
         do(args, loaded)
     except (ValueError, OSError) as error:

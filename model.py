@@ -424,9 +424,13 @@ class Model(nn.Module):
         return h, state
 
     def rope(self, length, h):
-        """The cached rotation table for `length` positions, on h's device; never below float32."""
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        return rope_table(length, self.config.rope_dim, self.config.rope_theta, h.device, dtype)
+        """The rotations of `length` positions, on h's device; never below float32.
+
+        Tables are kept for powers of two only: with no eviction every window has another length.
+        """
+        dtype, rows = torch.promote_types(h.dtype, torch.float32), 1 << (length - 1).bit_length()
+        table = rope_table(rows, self.config.rope_dim, self.config.rope_theta, h.device, dtype)
+        return tuple(a[:length] for a in table)
 
     def feed_back(self, h):
         """What a pass begins with, from the features the one before ended with: those, or normalised (norm_loop)."""

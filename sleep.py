@@ -42,8 +42,8 @@ def split_chunks(m, L):
     """Lines 2, 3 and 5: cut a loss mask m (B, T), bool, into chunks of at most L tokens.
 
     Returns a list of Chunk, up to the last that is scored: what follows nobody asks about. It depends on the mask
-    alone, so it is made where m is, on the host. Raises ValueError if L < 1, if nothing is scored, or if the rows
-    disagree on whether a chunk is scored: the whole batch sleeps or answers.
+    alone, so it is made where m is, on the host. Raises ValueError if L < 1, if nothing is scored, or if one row is
+    scored in a chunk and another only later: the whole batch sleeps or answers.
     """
     if L < 1:
         raise ValueError(f"the window L must be at least 1 token, got {L}")
@@ -51,8 +51,8 @@ def split_chunks(m, L):
     for start in range(0, m.shape[1], L):
         stop = min(start + L, m.shape[1])
         scored = m[:, start:stop].sum(1)  # (B,)
-        if scored.any() != scored.all():
-            raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, some are not")
+        if scored.any() and ((scored == 0) & m[:, stop:].any(1)).any():  # a row that is finished only holds padding
+            raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, others only later")
         few = max(8, 2 ** math.ceil(math.log2(max(1, int(scored.max()))))) if scored.any() else 0
         chunks.append(Chunk(start, stop, few if 4 * few <= stop - start else stop - start))
     while chunks and not chunks[-1].heads:
@@ -96,6 +96,7 @@ class SleepConfig:
     keep: float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
     causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
     tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
+    reinject: bool = False  # not in the paper: every later pass sees the embedded tokens again, added to the features
 
     def __post_init__(self):
         if not 1 <= self.N <= 1000:
@@ -127,15 +128,20 @@ def passes(pattern, config):
     return order
 
 
+def next_input(model, h, embedded, config):
+    """What a pass after the first begins with, (B, T, d_model): the features that are fed back, and see reinject."""
+    return model.feed_back(h) + embedded if config.reinject else model.feed_back(h)
+
+
 def sleep_passes(model, h, state, config, use_checkpoint=False):
     """Line 6: the N passes over one chunk, one by one; yields (features fed into the pass, state after it).
 
     h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
-    keep, old, state = config.keep, evict(state, config.keep), list(state)
+    keep, embedded, old, state = config.keep, h, evict(state, config.keep), list(state)
     for n, layers in enumerate(passes(model.config.pattern, config), 1):
-        h = model.feed_back(h) if n > 1 else h
+        h = next_input(model, h, embedded, config) if n > 1 else h
         fed_back = h
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
@@ -192,12 +198,12 @@ class Algorithm1(nn.Module):
         state = self.model.initial_state()  # line 1
         h, logits, positions, slept = None, [], [], []
         for start, stop, heads in chunks:  # line 3
-            e = self.model.embed(x[:, start:stop])  # line 4
+            embedded = e = self.model.embed(x[:, start:stop])  # line 4
             if heads:
                 # line 10: one pass, still writing S; the cache is what the last eviction left
                 before = evict(state, self.config.keep)
                 for n in range(self.answer_passes):
-                    e = self.model.feed_back(e) if n else e
+                    e = next_input(self.model, e, embedded, self.config) if n else e
                     e, state = self.model.blocks(e, before, window=window_of(self.config.keep))
                 where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
                 if heads < stop - start:
@@ -302,19 +308,6 @@ def answer(model, state, x, max_new, keep=0):
     return torch.cat(new, 1)
 
 
-def generate(model, context, question, max_new, config, L):
-    """Sleep over `context` in windows of at most L tokens, then answer `question` greedily, one pass per new token.
-
-    context (B, T), question (B, T_q), ids; returns the max_new answer ids, (B, max_new). The question's window is an
-    ordinary one: its own cache, the past through S and what `keep` left. Raises ValueError if question and answer
-    exceed L tokens.
-    """
-    sleeper = Sleeper(model, config, L, batch=len(context))
-    sleeper.feed(context)
-    sleeper.sleep()
-    return sleeper.ask(question, max_new)
-
-
 class Sleeper:
     """A trained model that reads a stream: it sleeps whenever its window is full, and answers at any time.
 
@@ -394,10 +387,6 @@ class Sleeper:
             self.feed(torch.cat((tokens, found), 1))
         return found
 
-    def state_bytes(self):
-        """What the memory takes: fast weights, kept cache and convolution inputs, and the ids of the open window."""
-        return sum(a.numel() * a.element_size() for a in (*state_tensors(self.state), self.window))
-
     def save(self, path):
         """Write memory and settings as plain tensors and numbers, under a temporary name first."""
         memory = {"format": 2, "model": fingerprint(self.model), "config": asdict(self.config), "L": self.L}
@@ -417,7 +406,7 @@ class Sleeper:
             sleeper = cls(model, SleepConfig(**saved["config"]), saved["L"], batch=len(saved["window"]))
             sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
             sleeper._check(saved["window"])
-            whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] < sleeper.L
+            whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] <= sleeper.L  # L: interrupted
             rows, blocks = len(sleeper.window), zip(sleeper.state, model.layers)
             whole &= all(layer.S is None or layer.S.shape == block.mixer.S_shape(rows) for layer, block in blocks)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
@@ -454,6 +443,8 @@ def read_plain(path, device):
             if file.testzip():  # the checksums, which torch does not look at
                 raise zipfile.BadZipFile
         return torch.load(path, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError:  # a RuntimeError, but no damage
+        raise
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is refused: it holds more than tensors and numbers, so it is not ours") from None
     except damage:

@@ -40,16 +40,16 @@ import kernels
 import train
 from data import Depo, GSMInfinite, Rule110
 from kernels import delta_rule
-from model import PRETRAINED, Attention, LayerState, Model, ModelConfig, project
+from model import PRETRAINED, Attention, LayerState, Model, ModelConfig, project, rope_table
 from sleep import (
     Algorithm1,
     Chunk,
     SleepConfig,
     Sleeper,
     evict,
-    generate,
     kept_tokens,
     passes,
+    read_plain,
     sleep,
     sleep_passes,
     split_chunks,
@@ -219,37 +219,42 @@ def ref_head(model, h):
     return ref_rmsnorm(h, weights["norm.weight"]) @ weights["head_proj.weight"].T
 
 
-def ref_algorithm1(model, x, predicts, L, N, loop=None, causal=True, answer_passes=1):
+def ref_algorithm1(model, x, predicts, L, N, loop=None, causal=True, answer_passes=1, reinject=False):
     """Algorithm 1 as printed: every pass runs all of its blocks, dead or not. Logits of the prediction chunks.
 
-    causal: of attention while asleep; answer_passes: over prediction chunks, each from the same S.
+    causal: of attention while asleep; answer_passes: over prediction chunks, each from the same S; reinject: passes
+    after the first begin with features plus embeddings.
     """
     n_layer, S, logits = len(model.layers), ref_zero_S(model, len(x)), []
     first, last = loop or (0, n_layer)
     for c, predict in enumerate(predicts):
-        h = ref_embed(model, x[:, c * L : c * L + L], L)
+        h = e = ref_embed(model, x[:, c * L : c * L + L], L)
         if predict:
             before = dict(S)
-            for _ in range(answer_passes):
+            for n in range(answer_passes):
                 S.update(before)
+                h = h + e if reinject and n else h
                 h = ref_blocks(model, h, S, range(n_layer), L)
             logits.append(ref_head(model, h))
             continue
         for n in range(1, N + 1):
             layers = range(0 if n == 1 else first, n_layer if n == N else last)
+            h = h + e if reinject and n > 1 else h
             h = ref_blocks(model, h, S, layers, L, causal=causal)
     return torch.cat(logits, 1)
 
 
-def ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop=None, causal=True):
+def ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop=None, causal=True, reinject=False):
     """ref_algorithm1 without restarts: attention and convolution go on from what the last pass over a chunk read."""
     n_layer, S, logits = len(model.layers), ref_zero_S(model, len(x)), []
     first, last = loop or (0, n_layer)
     seen = {i: torch.zeros(len(x), 0, model.config.d_model, dtype=torch.float64) for i in range(n_layer)}
     for c, predict in enumerate(predicts):
-        h, inputs = ref_embed(model, x[:, c * L : c * L + L], L), {}
+        e, inputs = ref_embed(model, x[:, c * L : c * L + L], L), {}
+        h = e
         for n in (1,) if predict else range(1, N + 1):
             layers = range(0 if n == 1 else first, n_layer if predict or n == N else last)
+            h = h + e if reinject and n > 1 else h
             h = ref_blocks(model, h, S, layers, L, window, seen, inputs, causal or predict)
         if predict:
             logits.append(ref_head(model, h))
@@ -740,10 +745,10 @@ def test_model_refuses_what_is_no_architecture(wrong):
 L = 6  # the window of this section
 
 
-def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1):
+def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1, reinject=False):
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
-    algorithm = Algorithm1(model, SleepConfig(N, loop, keep, causal), answer_passes=answer_passes)
+    algorithm = Algorithm1(model, SleepConfig(N, loop, keep, causal, 0.0, reinject), answer_passes=answer_passes)
     return algorithm.logits(x, m, split_chunks(m, L))[0]
 
 
@@ -821,6 +826,22 @@ def test_sleep_with_full_attention_sees_all_of_the_window(eviction, pattern, N, 
         want = ref_algorithm1_that_keeps(model, x, predicts, L, N, window, loop, causal=False)
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L), causal=False), want) <= 1e-9
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L)), want) >= 1e-6
+
+
+@pytest.mark.parametrize(
+    "eviction, N, loop, answer_passes",
+    (("hard", 3, None, 1), ("hard", 2, (1, 3), 1), ("hard", 1, None, 3), ("sliding", 3, None, 1)),
+)
+def test_sleep_reinject_adds_the_embedding_to_what_is_fed_back(eviction, N, loop, answer_passes):
+    """Passes see features of another chunk or pass in place of the embedding, or the first one sees it twice."""
+    model, x, predicts = random_model("DADA", n_pos=L), random_ids(2, 3 * L + 4), [False, True, False, True]
+    if eviction == "hard":
+        want = ref_algorithm1(model, x, predicts, L, N, loop, answer_passes=answer_passes, reinject=True)
+    else:
+        want = ref_algorithm1_that_keeps(model, x, predicts, L, N, L, loop, reinject=True)
+    how = model, x, predicts, N, loop, kept_tokens(eviction, L), True, answer_passes
+    assert error(run_algorithm1(*how, reinject=True), want) <= 1e-9
+    assert error(run_algorithm1(*how), want) >= 1e-6
 
 
 @pytest.mark.parametrize("N", (1, 2))
@@ -1051,6 +1072,14 @@ def test_sleep_gradient_is_the_slope_of_the_loss():
         assert error((p.grad * direction).sum(), sum(slopes)) <= 2e-5, name
 
 
+def generate(model, context, question, max_new, config, L):
+    """Sleep over context (B, T), then answer question (B, T_q) greedily: the answer ids, (B, max_new)."""
+    sleeper = Sleeper(model, config, L, batch=len(context))
+    sleeper.feed(context)
+    sleeper.sleep()
+    return sleeper.ask(question, max_new)
+
+
 @pytest.mark.parametrize("eviction", ("hard", "sliding", "all"))
 @pytest.mark.parametrize("N, loop, n_pos", ((1, None, 0), (3, None, L), (2, (1, 3), L)))
 def test_sleep_generate_is_greedy_decoding_of_a_full_forward(N, loop, n_pos, eviction):
@@ -1150,9 +1179,9 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
     model, keep = random_model(), kept_tokens(eviction, L)
     sleeper = Sleeper(model, SleepConfig(2, (1, 3), keep), L, batch=2)
     sleeper.feed(random_ids(2, 3 * L + 2))
-    size = sleeper.state_bytes()
+    size = sum(a.nbytes for a in state_tensors(sleeper.state))
     sleeper.feed(random_ids(2, 5 * L))
-    assert sleeper.state_bytes() == size > 0
+    assert sum(a.nbytes for a in state_tensors(sleeper.state)) == size > 0
     sleeper.save(tmp_path / "memory.pt")
     again, more = Sleeper.load(tmp_path / "memory.pt", model), random_ids(2, L)
     for each in (sleeper, again):
@@ -1182,6 +1211,37 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
         with pytest.raises(ValueError) as caught:
             Sleeper.load(tmp_path / name, model)
         assert_one_line(str(caught.value), name)
+
+
+def test_sleep_interrupted_memory_survives_a_file(tmp_path):
+    """A memory that was saved after Ctrl-C in a sleep, its window still full, cannot be loaded, or is another one."""
+    model, ids = random_model(), random_ids(1, L)
+    sleeper, whole = (Sleeper(model, SleepConfig(2), L) for _ in range(2))
+    sleeper.on_pass = mock.Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sleeper.feed(ids)
+    sleeper.save(tmp_path / "memory.pt")
+    again, more = Sleeper.load(tmp_path / "memory.pt", model), random_ids(1, 3)
+    for each in (again, whole):
+        each.feed(ids[:, each.window.shape[1] :])
+        each.feed(more)
+    assert same_memory(again, whole) and again.window.shape[1] == 3
+
+
+def test_sleep_no_eviction_keeps_few_rotation_tables():
+    """With no eviction every window has another length: a table for each of them fills the memory."""
+    model, x = random_model(), random_ids(1, 40 * L)
+    rope_table.cache_clear()
+    Sleeper(model, SleepConfig(2, keep=math.inf), L).feed(x)
+    assert rope_table.cache_info().currsize <= 1 + math.log2(2 * x.shape[1])
+
+
+def test_sleep_a_full_gpu_is_no_damage(tmp_path, monkeypatch):
+    """A whole file that does not fit into the GPU's memory is called damaged, and thrown away."""
+    torch.save({"format": 1}, tmp_path / "ckpt.pt")
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        read_plain(tmp_path / "ckpt.pt", "cpu")
 
 
 def test_sleep_stream_refuses_bad_input_and_goes_on():
@@ -1225,6 +1285,19 @@ def test_sleep_split_chunks():
     for window in (0, -1):
         with pytest.raises(ValueError):
             split_chunks(m, window)
+
+
+def test_sleep_rows_may_end_early():
+    """A row whose questions are over stops the batch, or what it is padded with changes somebody's loss."""
+    model = random_model("DADA")
+    x, y, m = random_ids(2, 4 * L), random_ids(2, 4 * L), torch.zeros(2, 4 * L, dtype=torch.bool)
+    m[:, 2 * L : 2 * L + 3], m[1, 3 * L :] = True, True
+    chunks = split_chunks(m, L)
+    assert [chunk.heads > 0 for chunk in chunks] == [False, False, True, True]
+    algorithm = Algorithm1(model, SleepConfig(2))
+    loss, right, _ = algorithm(x, y, m, chunks)
+    alone = [algorithm(*(a[i : i + 1] for a in (x, y, m)), split_chunks(m[i : i + 1], L)) for i in range(2)]
+    assert error(loss, alone[0][0] + alone[1][0]) <= 1e-12 and right == alone[0][1] + alone[1][1]
 
 
 @pytest.mark.parametrize(
@@ -1925,7 +1998,7 @@ def finished(tmp_path_factory):
 def test_eval_leaves_training_untouched(flags):
     """Evaluating in the middle of a run changes the run: weights, mode, random numbers or the next step."""
     trainers = [train.Trainer(config_of(flags)) for _ in range(2)]
-    batches = train.Batches(trainers[0].task, trainers[0].config, 0, 1, "cpu")
+    batches = train.Batches(trainers[0].task, trainers[0].config)
     config = trainers[0].config
     for step in range(3):
         for i, trainer in enumerate(trainers):
@@ -1980,6 +2053,21 @@ def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
     assert torch.equal(pred[:, task.context :], logits.argmax(-1)) and (pred[:, : task.context] == -1).all()
     want = torch.nn.functional.cross_entropy(logits[asked], y[:, task.context :][asked], reduction="none")
     assert error(ce[m], want) <= 1e-5 and (ce[~m] == 0).all()
+
+
+def test_eval_long_texts_are_scored_few_at_a_time(finished, monkeypatch):
+    """Validation needs more memory than training, or a problem is answered otherwise because of its company."""
+    model, task, config, _ = evaluation.load_run(str(finished["depo"]), "cpu")
+    algorithm, sizes = Algorithm1(model, SleepConfig(2)), []
+    logits = algorithm.logits
+    score = functools.partial(evaluation.predict, algorithm, task, "test", config["L"], 20, 3, 8)
+    want = score()
+    monkeypatch.setattr(algorithm, "logits", lambda x, *rest: sizes.append(len(x)) or logits(x, *rest))
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", 3 * task.T + 1)
+    got = score()
+    assert sizes == [3, 3, 2, 3, 3, 2, 3, 1]
+    for i, (a, b) in enumerate(zip(got, want)):
+        assert error(a, b) <= 1e-5 if i == 4 else torch.equal(a, b)
 
 
 def test_eval_command_reports_runs(finished, tmp_path, monkeypatch, capsys):
@@ -2069,13 +2157,15 @@ def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkey
     x, memory, change = evaluation.memories(model, task, config, "test", 0, 6)
     assert torch.equal(x, task.batch(0, "test", 0, evaluation.BATCH)[0][:6])
     after = []
-    with torch.no_grad():
-        state = sleep(model, model.embed(x[:, :8]), model.initial_state(), SleepConfig(2))[0]
-        for n in (1, 2):
-            later = sleep(model, model.embed(x[:, 8:16]), state, SleepConfig(n))[0]
-            after.append(torch.cat([layer.S.flatten(1) for layer in later if layer.S is not None], 1))
+    for first, last in ((1, 1), (2, 2), (2, 1)):  # the passes over the two windows
+        sleepers = [Sleeper(model, SleepConfig(n), 8, batch=6) for n in (first, last)]
+        sleepers[0].feed(x[:, :8])
+        sleepers[1].state = sleepers[0].state
+        sleepers[1].feed(x[:, 8:16])
+        after.append(torch.cat([layer.S.flatten(1) for layer in sleepers[1].state if layer.S is not None], 1))
     assert len(memory) == 3 and all(error(a, b) <= 1e-6 for a, b in zip(memory[1:], after))
-    moved = (after[1] - after[0]).norm(dim=1) / after[1].norm(dim=1)
+    assert not memory[0].any() and memory[0].shape == memory[1].shape
+    moved = (after[1] - after[2]).norm(dim=1) / after[1].norm(dim=1)
     assert change[1] == pytest.approx([float(moved.mean())], rel=1e-4)
     monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
     assert (
@@ -2117,6 +2207,9 @@ def test_eval_cost_streams_and_fits_slopes(finished, tmp_path, monkeypatch, caps
     assert evaluation.cache_bytes(model, 12) == sum(
         a.nbytes for layer in cache for a in (layer.k, layer.v) if a is not None
     )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model.blocks(model.embed(torch.zeros(1, 12, dtype=torch.int64)), model.initial_state())[1]
+        assert evaluation.cache_bytes(model, 12) == sum(a.nbytes for layer in cache for a in layer[2:] if a is not None)
     assert "per tenfold past" in capsys.readouterr().out
     plane = [(N, n, 5 + 0.25 * N - 0.5 * np.log10(n)) for N in (1, 2, 4) for n in (10**3, 10**4, 10**6)]
     rows = [{"N": N, "tokens": n, "ms": {"sleep": (0, ms, 9)}} for N, n, ms in plane]
@@ -2147,6 +2240,37 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
     assert said.count(f"  {want}\n") >= 2 and "not in the vocabulary" in said and "no file at" in said
     assert said.count("/quit") == 2 and facts in said  # the help; the example is the same problem
     assert "Traceback" not in said
+
+
+def run_of(path, rows=None, **flags):
+    """A scored run as in a results file, of Rule 110 at the paper's sizes unless flags say otherwise."""
+    config = evaluation.LATER_FLAGS | dict(task="rule110", N=4, seed=0, t=12, width=24, strings=4, L=24, steps=10)
+    config |= flags
+    rows = rows or {f"t={config['t']} exact": {"accuracy": config["t"] / 20, "n": 9}}
+    asked = {"evaluated_N": config["N"], "evaluated_t": config["t"], "tol": 0.0}
+    return asked | {"path": path, "config": config, "step": 10, "rows": rows, "passes": 4.0}
+
+
+def test_eval_seeds_are_found_across_versions():
+    """A flag that an older run does not know, another folder, or the seed of a first stage tells seeds apart."""
+    old, new, other = run_of("a"), run_of("b", seed=1, op=None, init_dir="x"), run_of("c", seed=2, accumulate=2)
+    assert [len(group) for group in evaluation.columns_of([old, new, other]).values()] == [3]
+    staged = [run_of(f"d{i}", seed=i, start_from=f"out/stage1-s{i}") for i in range(2)]
+    columns = evaluation.columns_of([old, new, *staged, run_of("e", start_from="out/other-s0")])
+    assert [[run["path"] for run in group] for group in columns.values()] == [["a", "b"], ["d0", "d1"], ["e"]]
+
+
+def test_eval_figures_keep_apart_what_was_trained_apart():
+    """Models trained for other t share a line, or the paper's numbers stand beside what is not in the paper."""
+    runs = [run_of(f"{t} {N}", t=t) | {"evaluated_t": 6, "evaluated_N": N} for t in (4, 6) for N in (1, 2)]
+    runs = [run | {"path": f"t{run['config']['t']}"} for run in runs]
+    models = evaluation.models_of(runs)
+    assert {name: [run["path"] for run in same] for name, same in models.items()} == {
+        "N=4, trained t 4": ["t4", "t4"], "N=4, trained t 6": ["t6", "t6"]
+    }  # fmt: skip
+    assert evaluation.paper_points(run_of("a", N=1)) is not None
+    for other in ({"sleep_attention": "full"}, {"evict": "all"}, {"answer_passes": 4}, {"width": 12}):
+        assert evaluation.paper_points(run_of("a", N=1, **other)) is None
 
 
 def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
@@ -2320,9 +2444,14 @@ def test_eval_refuses_bad_flags_in_one_line(case, finished, monkeypatch, capsys)
 def test_eval_command_draws(finished, tmp_path, monkeypatch):
     """--plot fails, or leaves no PNG."""
     pytest.importorskip("matplotlib")
-    for more in ([], ["--N", 1, 2, "--tol", 0.5]):
+    drawn = []
+    for panel in ("draw_curves", "draw_passes"):
+        draw = getattr(evaluation, panel)
+        monkeypatch.setattr(evaluation, panel, lambda *a, draw=draw, panel=panel: drawn.append(panel) or draw(*a))
+    # the learning curves are those of N=3: beside other scores they would be taken for theirs
+    for more, panel in (([], "draw_curves"), (["--N", 1, 2, "--tol", 0.5], "draw_passes"), (["--N", 2], "draw_passes")):
         argv = [finished["depo"], "--n", 16, "--plot", tmp_path / "depo.png", *more]
-        assert call(evaluation.main, monkeypatch, argv) == 0
+        assert call(evaluation.main, monkeypatch, argv) == 0 and drawn.pop() == panel
         assert (tmp_path / "depo.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "depo.png").unlink()
 
@@ -2468,6 +2597,34 @@ def test_train_resumed_run_is_the_uninterrupted_run_compiled(tmp_path, monkeypat
         torch.compiler.set_stance("default")
 
 
+def test_train_says_how_to_go_on_from_a_run_without_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """A run that ended before its first checkpoint is to be resumed, which cannot be done, or is written over."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("evidence")
+    for how, part in (("", "remove it"), ("--resume", "no checkpoint")):
+        assert call(train.main, monkeypatch, f"{DEPO} --out {tmp_path}/run {how}".split()) == 2
+        assert_one_line(capsys.readouterr().err, part)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == "evidence"
+
+
+def test_train_workers_are_in_no_group_that_a_signal_stops():
+    """What stops a process group, as torchrun does, kills the workers first, and the run that waits for them fails."""
+    config = config_of("--task gsm --preset tiny --device cpu --workers 1")
+    batches = train.Batches(train.build_task(vars(config)), config)
+    assert batches.pool.submit(os.getpgrp).result() != os.getpgrp()
+    batches.close()
+
+
+def test_train_questions_of_any_length(tmp_path):
+    """Questions over more than one window, which end earlier in some rows, stop a run."""
+    flags = "--task depo --preset tiny --N 1 --device cpu --name-tokens 2 --nodes 12 --min-nodes 12 --queries 12 --L 48"
+    flags += " --d-model 16 --n-head 2 --no-compile --steps 12 --eval-n 16 --test-n 64"
+    config = config_of(flags, "--out", tmp_path / "run")
+    masks = [train.build_task(vars(config)).batch(0, "train", step, config.batch)[2] for step in range(12)]
+    assert any(len(set(m[:, 96:].any(1).tolist())) == 2 for m in masks)  # else this shows nothing
+    assert train.run(config) == 0
+
+
 BAD_FLAGS = {
     "unknown flag": ("--learning-rate 1", "--learning-rate"),
     "abbreviated flag": ("--node 8", "--node"),
@@ -2567,7 +2724,7 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     found, per_row = [], None
     for accumulate in (1, 4):
         trainer = train.Trainer(config_of(DEPO, "--accumulate", accumulate))
-        micro, count = train.Batches(trainer.task, trainer.config, 0, 1, "cpu").get(0, 1)
+        micro, count = train.Batches(trainer.task, trainer.config).get(0, 1)
         assert len(micro) == accumulate
         per_row = torch.cat([m.sum(1) for _, _, m, _ in micro])
         assert int(per_row.sum()) == count
@@ -2584,7 +2741,7 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
     """A replay computes other gradients or losses than the step itself, or evaluating in between disturbs it."""
     config = config_of(RULE110 + f" --device cuda --compile --d-model 64 {flags}")
     trainer = train.Trainer(config)
-    batches = train.Batches(trainer.task, config, 0, 1, "cuda")
+    batches = train.Batches(trainer.task, config)
     for step in range(3):
         batch, found = batches.get(step, 1), []
         # compared at equal weights: Muon's steps are of equal size for small gradients, so it blows rounding up
@@ -2602,7 +2759,7 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
 def test_train_goes_on_without_a_compiler(monkeypatch, capsys):
     """A machine that cannot compile stops training, or its run says that it was compiled."""
     trainer = train.Trainer(config_of(RULE110, "--compile"))
-    batch = train.Batches(trainer.task, trainer.config, 0, 1, "cpu").get(0, 1)
+    batch = train.Batches(trainer.task, trainer.config).get(0, 1)
     whole, calls = train.Trainer.train_step, []
 
     def fails_once(self, *args):
@@ -2637,7 +2794,7 @@ def test_train_workers_make_the_same_batches():
     task, taken = train.build_task(vars(config)), []
     for workers in (0, 2):
         config.workers = workers
-        batches = train.Batches(task, config, 0, 1, "cpu")
+        batches = train.Batches(task, config)
         taken.append([batches.get(step, 1) for step in range(3)])
         assert max(batches.ahead) == (2, 1)
         batches.close()
@@ -2658,7 +2815,7 @@ def test_train_pace_draws_passes_and_problems_that_fit():
     assert [train.difficulty(n, config, 5) for n in (1, 2, 3)] == [2, 4, 5]
     assert [train.difficulty(n, config_of(DEPO), 5) for n in (1, 3)] == [5, 5]
     trainer = train.Trainer(config)
-    batches = train.Batches(trainer.task, config, 0, 1, "cpu")
+    batches = train.Batches(trainer.task, config)
     asked = {1: set(), 3: set()}
     for step in range(20):
         for level in asked:  # what was made ahead for the other level must not be handed out
@@ -3317,7 +3474,7 @@ def test_public_gradients_reach_the_inserted_blocks(small_public, tmp_path, toke
     learning = {name.split(".")[1] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert learning == {"2", "4"}
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    batches = train.Batches(trainer.task, config, 0, 1, "cpu")
+    batches = train.Batches(trainer.task, config)
     for step in range(2):
         trainer.train_step(*batches.get(step, 1))
     batches.close()
@@ -3430,7 +3587,7 @@ def test_train_presets_fit_their_task(task, preset):
     """A preset contradicts itself: L does not divide the context, or rows disagree on which chunk is scored."""
     config = train.parse_config(["--task", task, "--preset", preset, "--N", "4"])
     config.workers, config.batch = 0, 32 * config.accumulate
-    batches = train.Batches(train.build_task(vars(config)), config, 0, 1, "cpu")
+    batches = train.Batches(train.build_task(vars(config)), config)
     for step in range(3):
         micro, count = batches.get(step, 1)
         assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].heads and micro[0][3][-1].heads

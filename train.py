@@ -47,10 +47,12 @@ from tqdm import tqdm
 from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit
 from eval import (
     BATCH,
+    FREE,
     algorithm_of,
+    autocast,
     build_task,
+    checkpoint_of,
     evaluate,
-    load_run,
     load_weights,
     markdown_table,
     model_config,
@@ -114,6 +116,7 @@ class Config:
     loop: str = flag(None, "blocks that are looped while asleep, first:last+1 (default all)")
     evict: str = flag("hard", "hard: only S survives a window; sliding: and the cache of L-1 tokens; all: all of it")
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
+    reinject: bool = flag(False, "every pass after the first sees the embedded tokens again, added to the features")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     pace: bool = flag(
         False, "begin with 1 pass and a part 1/N of t, hops or op; one more of both when 90 % of tokens are right"
@@ -165,10 +168,6 @@ CHOICES = {
     "learn": ("all", "delta"),
     "device": ("auto", "cpu", "cuda", "mps"),
 }
-
-# a resumed run may change these: they do not define what is learnt (device, compile and threads round differently)
-FREE = {"minutes", "device", "init_dir", "threads", "resume", "compile", "cuda_graph", "checkpoint", "workers", "out"}
-FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n"}
 
 PRESETS = {
     "rule110": {  # not in the paper: while asleep, small and tiny see the right neighbours that a new bit depends on
@@ -670,8 +669,8 @@ def difficulty(n, config, hardest):
 
 
 def start_worker():
-    """First act of a process that makes batches: Ctrl-C is not for it, and it does not outlive its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """First act of a process that makes batches: no signal to the run's group stops it, but its parent's end does."""
+    os.setsid()
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -683,8 +682,8 @@ class Batches:
     config.workers: processes that make them, one batch each at a time; 0 for a thread, enough for numpy-only tasks.
     """
 
-    def __init__(self, task, config, rank, ranks, device):
-        self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, device
+    def __init__(self, task, config, rank=0, ranks=1):
+        self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, config.device
         # spawn: a forked child of a process that uses CUDA or threads may hang
         spawn = multiprocessing.get_context("spawn")
         pool = functools.partial(ProcessPoolExecutor, config.workers, spawn, start_worker)
@@ -809,7 +808,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model, self.origin = build_model(config, self.task)
         if config.start_from and not config.resume:
-            load_weights(self.model, load_run(config.start_from, config.device)[0].state_dict(), config.start_from)
+            load_weights(self.model, read_checkpoint(checkpoint_of(config.start_from))["model"], config.start_from)
         choose_parameters(self.model, config)
         self.optimizers = make_optimizers(self.model, config)
         self.step, self.tokens, self.seconds, self.flops, self.costs = 0, 0, 0.0, 0, {}
@@ -831,7 +830,7 @@ class Trainer:
             quiet = self.algorithm.no_sync() if self.ranks > 1 and not last else contextlib.nullcontext()
             # every rank divides by the global count; DDP averages over ranks, so undo that
             with quiet:
-                with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+                with autocast(self.config.device):
                     loss, right, stats = self.algorithm(x, y, m, chunks)
                 (loss * (self.ranks / count)).backward()
             total = total + torch.stack((loss.detach(), right)) / count
@@ -852,7 +851,7 @@ class Trainer:
         return self.graphs[key].replay(micro, count)
 
     def train_step(self, micro, count):
-        """One optimizer step. Returns device scalars (loss, accuracy, h_rms, S_rms, grad_norm).
+        """One optimizer step. Returns device scalars: loss, accuracy, h_rms, S_rms, passes and grad_norm.
 
         The host waits for none of them, but with --pace for eight accuracies at a time.
         """
@@ -920,7 +919,7 @@ class Trainer:
 
     def load(self, path):
         """Continue from a checkpoint of the same run. Raises ValueError if it is missing, damaged or foreign."""
-        saved = read_checkpoint(path, "cpu")  # AdamW's step counters must stay there; the rest moves as it is loaded
+        saved = read_checkpoint(path)
         for name, value in dataclasses.asdict(self.config).items():
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
@@ -944,8 +943,9 @@ class Trainer:
 class Log:
     """log.jsonl and the progress bar; only rank 0 has one that writes."""
 
-    def __init__(self, config, trainer, active):
-        self.active, self.trainer, self.pending = active, trainer, []
+    def __init__(self, trainer):
+        self.active, self.trainer, self.pending = trainer.rank == 0, trainer, []
+        config, active = trainer.config, self.active
         self.path = os.path.join(config.out, "log.jsonl")
         if active:
             self._drop_lines_after(trainer.step)
@@ -1032,7 +1032,7 @@ def make_batches(trainer):
     """The Batches of a run; with --init-from its problems are made first, or the run leaves nothing behind."""
     config = trainer.config
     if not config.init_from:
-        return Batches(trainer.task, config, trainer.rank, trainer.ranks, config.device)
+        return Batches(trainer.task, config, trainer.rank, trainer.ranks)
     try:
         prepared = PreparedProblems(trainer)
     except BaseException:
@@ -1040,7 +1040,7 @@ def make_batches(trainer):
             shutil.rmtree(config.out, ignore_errors=True)
         raise
     # a thread reads them: processes would have to be sent what is on the disk
-    return Batches(prepared, dataclasses.replace(config, workers=0), trainer.rank, trainer.ranks, config.device)
+    return Batches(prepared, dataclasses.replace(config, workers=0), trainer.rank, trainer.ranks)
 
 
 def train_loop(trainer, batches, log, interrupts):
@@ -1135,7 +1135,7 @@ def flops_per_step(config, task, chunks):
 
 
 def provenance(trainer):
-    """What ran where: for config.json and result.json. flops_per_step: with all N passes, for the first batch."""
+    """What ran where: for config.json and result.json. flops_per_step: with all N passes."""
     config = trainer.config
     chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, 1)[2], config.L)
     return {
@@ -1168,7 +1168,8 @@ def open_run(config, trainer):
             os.makedirs(config.out)
             write_json(os.path.join(config.out, "config.json"), provenance(trainer))
     except FileExistsError:
-        raise ValueError(f"{config.out} exists: add --resume to go on, or choose another --out") from None
+        how = "add --resume to go on" if os.path.exists(checkpoint) else "it has no checkpoint to go on from, remove it"
+        raise ValueError(f"{config.out} exists: {how}, or choose another --out") from None
     except OSError as error:
         raise ValueError(f"cannot write {config.out} ({error}): choose another --out") from None
 
@@ -1247,7 +1248,7 @@ def run(config):
     if rank == 0:
         announce(trainer)
     batches = make_batches(trainer)
-    log = Log(config, trainer, active=rank == 0)
+    log = Log(trainer)
     with Interrupts() as interrupts:
         reason = train_loop(trainer, batches, log, interrupts)
     log.bar.close()
@@ -1270,11 +1271,11 @@ def main():
     except ValueError as error:
         status = f"train.py: {error}"
     except OSError as error:  # a full disk, a run directory that was removed
-        status = f"train.py: {error}; the last checkpoint is kept"
+        status = f"train.py: {error}; a checkpoint, if there is one, is kept"
     except KeyboardInterrupt:
         status = "train.py: interrupted outside of training; --resume goes on if there is a checkpoint"
     except NonFinite as error:
-        status = f"train.py: {error}; the last good checkpoint is kept. Lower --muon-lr and --adam-lr, or --N"
+        status = f"train.py: {error}; an earlier checkpoint, if any, is kept: lower --muon-lr, --adam-lr or --N"
     except torch.cuda.OutOfMemoryError:
         status = "train.py: out of GPU memory: add --checkpoint, or raise --accumulate"
     if isinstance(status, str):
