@@ -5,7 +5,8 @@ Each task hides what matters in a long context that is evicted window by window,
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
     batch(seed, split, s, B, level)         x, y, m: tokens, next tokens, and which positions are scored; problems need
                                             no more than `level` steps, hops or operations, by default all `levels`
-    score(x, y, m, pred)                    what was answered right, one array per difficulty
+    score(x, y, m, pred)                    what was answered right, one array per difficulty; a name holds its number,
+                                            and "first ..." and "... bit" repeat the questions of other names
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
     decode(ids), encode(text)               text for people, and back
@@ -1540,7 +1541,8 @@ def git_commit():
 
 def main():
     """Read the command line and print three examples."""
-    parser = Parser(description="Print three examples of a task; scored tokens stand in [brackets].")
+    text = "Print three examples of a task; scored tokens stand in [brackets]."
+    parser = Parser(description=text, conflict_handler="resolve")  # tasks may share the name of a size
     parser.add_argument("--task", choices=TASKS, default="rule110")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")

@@ -221,9 +221,8 @@ TOKENS_AT_ONCE = 2**16  # of them that the model sees at a time: long texts woul
 def sleep_config(config):
     """How a run's flags (a dict) say to sleep. Raises ValueError where SleepConfig does."""
     keep, causal = kept_tokens(config["evict"], config["L"]), config["sleep_attention"] == "causal"
-    return SleepConfig(
-        config["N"], parse_loop(config["loop"]), keep, causal, config.get("tol", 0.0), config["reinject"]
-    )
+    tol, reinject = config.get("tol", 0.0), config["reinject"]
+    return SleepConfig(config["N"], parse_loop(config["loop"]), keep, causal=causal, tol=tol, reinject=reinject)
 
 
 def algorithm_of(model, config):
@@ -292,8 +291,8 @@ def evaluate(algorithm, task, split, L, n, seed, batch):
 
 
 def headline_keys(rows):
-    """The rows that are all questions of a task, each once: exact answers (Rule 110), every hop count (Depo), op."""
-    return [key for key in rows if key.endswith("exact") or key.startswith(("hops", "op "))]
+    """The rows that hold all questions of a task, each once: the others say "... bit" or "first ..."."""
+    return [key for key in rows if not key.endswith(" bit") and not key.startswith("first ")]
 
 
 def headline(rows, field="accuracy"):
@@ -338,7 +337,7 @@ def ordered_keys(columns):
     """Every key of some runs' rows; those that differ only in a number are side by side, by that number."""
     keys = list(dict.fromkeys(key for runs in columns.values() for rows in runs for key in rows))
     kinds = [re.sub(r"\d+", "", key) for key in keys]
-    return sorted(keys, key=lambda key: (kinds.index(re.sub(r"\d+", "", key)), int(re.search(r"\d+", key)[0])))
+    return sorted(keys, key=lambda key: (kinds.index(re.sub(r"\d+", "", key)), int((re.search(r"\d+", key) or "0")[0])))
 
 
 def cell(rows, field, scale, digits):
@@ -413,6 +412,8 @@ def groups_of(runs):
         setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING and v is not None}
         if "start_from" in setting:  # the first stage's seed is no setting either
             setting["start_from"] = re.sub(r"-s\d+(?=/|$)", "", setting["start_from"])
+        if setting["N"] == run["evaluated_N"] == setting["answer_passes"] == 1:
+            setting.pop("reinject")  # there is no second pass: it goes with either value
         whole = run["step"] == setting["steps"]
         setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
         setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
@@ -426,7 +427,8 @@ def groups_of(runs):
         groups[name].append(run)
     order = ("N", "evaluated N", "tol")
     flags = dict.fromkeys(k for setting in settings.values() for k in setting)
-    differ = [k for k in flags if len({str(setting.get(k)) for setting in settings.values()}) > 1]
+    values = {k: {str(s.get(k)) for s in settings.values() if k in s or k != "reinject"} for k in flags}
+    differ = [k for k in flags if len(values[k]) > 1]
     shown = [*order, *(k for k in differ if k not in order)]
     names = sorted(groups, key=lambda name: [settings[name][k] for k in order[:2]] + [-settings[name]["tol"]])
     return [({k: settings[name].get(k) for k in shown}, groups[name]) for name in names]
@@ -438,7 +440,7 @@ def columns_of(runs):
     for setting, group in groups_of(runs):
         N, asked, tol = (setting.pop(key) for key in ("N", "evaluated N", "tol"))
         how = f", at most {asked}, tol {tol}" if tol else f", evaluated at N={asked}" if asked != N else ""
-        header = f"N={N}{how}" + "".join(f", {k.replace('_', ' ')} {v}" for k, v in setting.items())
+        header = f"N={N}{how}" + "".join(f", {k.replace('_', ' ')} {v}" for k, v in setting.items() if v is not None)
         columns[header] = group
     return columns
 
@@ -462,7 +464,7 @@ def budget_table(runs):
     for (setting, group), found in zip(groups, columns.values()):
         # runs from before FLOPs were counted made the same passes in every step, or say their mean
         flops = [run.get("flops") or run["flops_per_step"] and run["flops_per_step"] * run["step"] for run in group]
-        line = [*(str(setting[k]) for k in shown), f"{group[0]['n_params']:,}"]
+        line = [*("" if setting[k] is None else str(setting[k]) for k in shown), f"{group[0]['n_params']:,}"]
         line += [mean_known([run["tokens"] for run in group], 1e6), mean_known(flops, 1e12)]
         table.append(line + [cell([rows[k] for rows in found if k in rows], "accuracy", 100, 1) for k in keys])
     rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
@@ -637,7 +639,8 @@ def draw_curves(ax, columns):
     first = next(iter(columns.values()))[0]
     if not several_t and first["evaluated_t"] == first["config"].get("t"):
         draw_floors(ax, None, first["rows"], None, None)
-    what = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}[first["config"]["task"]]
+    names = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}
+    what = names.get(first["config"]["task"], "all questions")
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
     ax.set_xlim(0, 1.06 * end / unit or 1)
 
@@ -695,7 +698,7 @@ def draw_difficulty(ax, columns, field):
         draw_paper(ax, runs, place, shift, field, colour)
     if field == "accuracy":
         draw_floors(ax, list(place.values()), merged, keys, 0.45)
-    numbers = [re.search(r"\d+", key)[0] for key in keys]
+    numbers = [(re.search(r"\d+", key) or [key])[0] for key in keys]
     ax.set_xticks(list(place.values()), numbers)
     ax.set_xlim(-0.6, len(keys) - 0.4)
     ax.set_xlabel("t, steps of Rule 110" if "t=" in keys[0] else keys[0].split()[0])
@@ -889,7 +892,7 @@ def memories(model, task, config, split, seed, n):
     layers), averaged over problems.
     """
     rules, L, device = sleep_config(config), config["L"], model.embedding.weight.device
-    deltas = [i for i, kind in enumerate(model.config.pattern.upper()) if kind == "D"]
+    deltas = [i for i, block in enumerate(model.layers) if not block.attends]
     xs, memory, changes = [], [[] for _ in range(rules.N + 1)], torch.zeros(rules.N, len(deltas), device=device)
     for s in tqdm(range(math.ceil(n / BATCH)), "memories", leave=False, disable=None):
         x = task.batch(seed, split, s, BATCH)[0][: n - s * BATCH]
@@ -976,7 +979,7 @@ def probe_panels(results):
     def mean(part, key):
         return list(100 * np.mean([run[part][key] for run in results], 0))
 
-    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"].upper()) if kind == "D"]
+    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"]) if kind not in "AW"]
     change = 100 * np.mean([run["change"] for run in results], 0).T  # (delta layers, N)
     passes = [str(n) for n in range(N + 1)]
     return [
@@ -1025,7 +1028,7 @@ def plot_probe(results, path):
 def report_probe(args, loaded):
     """`--probe`: print, write and draw what the runs' memories hold. Raises ValueError for runs it cannot probe."""
     model, task, config, _ = loaded[0]
-    if task.name == "gsm" or (task.name == "depo" and task.name_tokens > 1):
+    if not hasattr(task, "hidden") or (task.name == "depo" and task.name_tokens > 1):
         raise ValueError("--probe knows the bits of rule110 and the one-token names of depo: give such runs")
     settings = [{k: v for k, v in c.items() if k not in NOT_SETTING or k == "t"} for _, _, c, _ in loaded]
     seeds = {c["seed"] for _, _, c, _ in loaded}
@@ -1418,6 +1421,8 @@ def main():
         do = report_cost if args.cost else report_probe if args.probe else chat if args.chat else compare
         do(args, loaded)
     except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev: where it happened
+            raise
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:

@@ -40,7 +40,7 @@ class ModelConfig:
     pattern: str = "ADAD"  # per block: A attention, D delta; W attention within `window`, d delta without an MLP
     d_model: int = 256
     n_head: int = 4  # K = V = d_model / n_head
-    n_kv_head: int = 4  # grouped attention heads: n_head / n_kv_head queries share one key and value
+    n_kv_head: int = 0  # 0: n_head; else grouped attention heads: n_head / n_kv_head queries share one key and value
     d_mlp: int = 0  # 0: 8/3 d_model, rounded up to a multiple of 16
     conv: int = 4  # taps of the short convolution before q, k and v of a delta layer
     rope_theta: float = 10000.0
@@ -74,8 +74,9 @@ class ModelConfig:
             raise ValueError(f"pattern {self.pattern!r} has sliding-window attention (W), which --init-from alone sets")
         if not self.head_dim and self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head}")
-        if self.conv < 1 or self.d_mlp < 0 or self.n_kv_head < 1 or not 1 < self.rope_theta < math.inf:
-            raise ValueError("conv and n_kv_head must be at least 1, d_mlp at least 0 and rope_theta above 1")
+        if self.conv < 1 or self.d_mlp < 0 or self.n_kv_head < 0 or not 1 < self.rope_theta < math.inf:
+            raise ValueError("conv must be at least 1, n_kv_head and d_mlp at least 0 and rope_theta above 1")
+        self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
@@ -248,7 +249,12 @@ class NoConv(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """The fast-weight layer: every token corrects what S predicts for its key (kernels.py), then reads S."""
+    """The fast-weight layer: every token corrects what S predicts for its key (kernels.py), then reads S.
+
+    Another mixer needs the same forward, S_shape and zero_S, a letter in ModelConfig and a place in Block. All of it
+    that outlives a pass is S (B, H, K, V). Its matrices are called *_proj (for Muon and FLOPs), the last one out_proj;
+    those that a write needs stand in train.WRITERS.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -474,7 +480,7 @@ def init_weights(module, n_layer):
         dt = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         module.dt_bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
     # apply() visits children first, so a block's small output projections overwrite what nn.Linear got above
-    if isinstance(module, Attention | GatedDeltaNet | MLP):
+    if hasattr(module, "out_proj"):
         nn.init.normal_(module.out_proj.weight, std=0.02 / math.sqrt(2 * n_layer))
 
 

@@ -116,14 +116,14 @@ def passes(pattern, config):
     first, last = config.loop or (0, len(pattern))
     if not 0 <= first < last <= len(pattern):
         raise ValueError(f"the looped blocks {first}:{last} are not a range of the {len(pattern)} blocks {pattern}")
-    pattern = pattern.upper()  # d is a D without an MLP
-    if "D" not in pattern or (config.N > 1 and "D" not in pattern[first:last]):
+    writes = [kind not in "AW" for kind in pattern]
+    if not any(writes) or (config.N > 1 and not any(writes[first:last])):
         raise ValueError(f"no delta block (D) to sleep with among the looped blocks {first}:{last} of {pattern}")
     order = [list(range(first, last)) for _ in range(config.N)]
     order[0] = list(range(first)) + order[0]
     order[-1] = order[-1] + list(range(last, len(pattern)))
     # not in the paper: what would come after the last write to a fast weight is dead, because nobody sees its features
-    while not config.keep and pattern[order[-1][-1]] != "D":
+    while not config.keep and not writes[order[-1][-1]]:
         order[-1].pop()
     return order
 

@@ -748,7 +748,9 @@ L = 6  # the window of this section
 def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1, reinject=False):
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
-    algorithm = Algorithm1(model, SleepConfig(N, loop, keep, causal, 0.0, reinject), answer_passes=answer_passes)
+    algorithm = Algorithm1(
+        model, SleepConfig(N, loop, keep, causal=causal, reinject=reinject), answer_passes=answer_passes
+    )
     return algorithm.logits(x, m, split_chunks(m, L))[0]
 
 
@@ -2258,6 +2260,34 @@ def test_eval_seeds_are_found_across_versions():
     staged = [run_of(f"d{i}", seed=i, start_from=f"out/stage1-s{i}") for i in range(2)]
     columns = evaluation.columns_of([old, new, *staged, run_of("e", start_from="out/other-s0")])
     assert [[run["path"] for run in group] for group in columns.values()] == [["a", "b"], ["d0", "d1"], ["e"]]
+
+
+def test_eval_headers_name_no_flag_without_effect():
+    """A model that never makes a second pass is told from itself by what second passes begin with."""
+    runs = [run_of("a", N=1, reinject=True), run_of("b", N=1, seed=1), run_of("c"), run_of("d", reinject=True)]
+    columns = {header: len(group) for header, group in evaluation.columns_of(runs).items()}
+    assert columns == {"N=1": 2, "N=4, reinject False": 1, "N=4, reinject True": 1}
+
+
+def test_eval_any_row_name_will_do(tmp_path):
+    """A task of a fork, whose rows have names of their own, is called damaged, or cannot be tabled or drawn."""
+    pytest.importorskip("matplotlib")
+    row = {"accuracy": 0.5, "n": 8, "stderr": 0.1, "uniform": 0.25, "majority": 0.3, "loss": 1.0}
+    run = run_of("a", {"recall": row, "first recall": row}) | {"curve": {"tokens": [1, 2], "accuracy": [0.1, 0.5]}}
+    run["config"] |= {"task": "recall"}
+    assert evaluation.headline(run["rows"]) == 0.5
+    assert "| recall |" in evaluation.comparison_table({"N=4": [run["rows"]]})
+    with mock.patch.dict(evaluation.EXAMPLE_SIZES, recall={}):
+        evaluation.plot({"N=4": [run]}, str(tmp_path / "a.png"), "8 problems")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_in_development_shows_where_an_error_came_from(monkeypatch, capsys):
+    """`python -X dev` hides the traceback of whoever changes the code, or everybody gets to see it."""
+    assert call(train.main, monkeypatch, ["--N", "0"]) == 2
+    monkeypatch.setattr(train.sys, "flags", mock.Mock(dev_mode=True))
+    with pytest.raises(ValueError):
+        call(train.main, monkeypatch, ["--N", "0"])
 
 
 def test_eval_figures_keep_apart_what_was_trained_apart():

@@ -273,10 +273,9 @@ def parse_config(argv):
 
 def check(config, given):
     """Refuse what cannot work before anything is written. Raises ValueError with one clear line."""
-    for task, sizes in EXAMPLE_SIZES.items():
-        wrong = [s for s in sizes if s in given and task != config.task and s != "L"]  # every task has windows
-        if wrong:
-            raise ValueError(f"--{wrong[0].replace('_', '-')} is not a size of the task {config.task}")
+    every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
+    if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
+        raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
     counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head"
     for name in (*counts.split(), "d_model"):
         if not 1 <= getattr(config, name) < 2**31:
@@ -559,7 +558,7 @@ def choose_parameters(model, config):
     if config.learn == "delta":
         for name, p in model.named_parameters():
             kind = config.pattern[int(name.split(".")[1])] if name.startswith("layers.") else None
-            p.requires_grad_(kind == "d" or (kind == "D" and ".mixer." in name))
+            p.requires_grad_(kind == "d" or (".mixer." in name and kind not in "AW"))
 
 
 def make_optimizers(model, config):
@@ -1269,6 +1268,8 @@ def main():
     try:
         status = run(parse_config(sys.argv[1:]))
     except ValueError as error:
+        if sys.flags.dev_mode:  # python -X dev: where it happened
+            raise
         status = f"train.py: {error}"
     except OSError as error:  # a full disk, a run directory that was removed
         status = f"train.py: {error}; a checkpoint, if there is one, is kept"
