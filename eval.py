@@ -541,12 +541,11 @@ PAPER = {
         4: ((1, 2, 4, 8, 16), (0.22, 0.43, 0.79, 1.16, 1.46)),
     },
 }
+AS_IN_THE_PAPER = {"evict": "hard", "sleep_attention": "causal", "reinject": False, "answer_passes": 1}
 PAPER_SETTING = {
-    "rule110": {"width": 24, "strings": 4, "L": 24},
-    "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75},
+    "rule110": {"width": 24, "strings": 4, "L": 24} | AS_IN_THE_PAPER,
+    "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75} | AS_IN_THE_PAPER,
 }
-for setting in PAPER_SETTING.values():
-    setting |= {"evict": "hard", "sleep_attention": "causal", "reinject": False, "answer_passes": 1}
 
 COLOURS = {1: "#6b7280", 2: "#0072b2", 3: "#009e73", 4: "#d55e00", 6: "#cc79a7", 8: "#e69f00"}
 PAPER_STYLE = {"linestyle": "none", "marker": "D", "markersize": 6, "markerfacecolor": "white", "zorder": 4}
