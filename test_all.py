@@ -2076,7 +2076,9 @@ def test_eval_command_reports_runs(finished, tmp_path, monkeypatch, capsys):
     """The command of the README fails on a run that train.py made, or prints no table, JSON or figure."""
     for task, key in (("rule110", "t=1 exact"), ("depo", "hops 2")):
         out = tmp_path / f"{task}.json"
+        torch.set_num_threads(2)
         assert call(evaluation.main, monkeypatch, [finished[task], "--n", 16, "--N", 1, "--json", out]) == 0
+        assert torch.get_num_threads() == 1  # as in training, where more hurt
         assert f"| {key} |" in capsys.readouterr().out
         (run,) = json.loads(out.read_text())["runs"]
         assert run["evaluated_N"] == 1 and {"accuracy", "n", "stderr", "uniform", "majority"} <= run["rows"][key].keys()
@@ -2625,6 +2627,16 @@ def test_train_resumed_run_is_the_uninterrupted_run_compiled(tmp_path, monkeypat
     finally:
         torch._dynamo.reset()
         torch.compiler.set_stance("default")
+
+
+def test_train_resumes_with_other_flags_of_the_machine(tmp_path, monkeypatch):
+    """A run that outgrew its machine cannot go on with smaller micro-batches, recomputation or more threads."""
+    flags = f"{DEPO} --out {tmp_path}/run"
+    after_step(monkeypatch, [10], lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.run(config_of(flags)) == 128 + signal.SIGTERM
+    changed = "--resume --accumulate 2 --checkpoint --workers 1 --log-every 5 --save-every 7 --eval-n 4 --minutes 9"
+    assert train.run(config_of(flags, *changed.split())) == 0
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 20
 
 
 def test_train_says_how_to_go_on_from_a_run_without_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -3488,10 +3500,11 @@ def test_public_two_stages(small_public, tmp_path, tokenizer_file):
     flags = public_flags(tmp_path, tokenizer_file, "ouro-1.4b") + " --steps 2 --eval-every 2"
     assert train.run(config_of(flags, "--learn", "delta", "--out", tmp_path / "one")) == 0
     second = config_of(flags, "--evict", "sliding", "--start-from", tmp_path / "one", "--out", tmp_path / "two")
+    second.init_dir = str((tmp_path / "public").rename(tmp_path / "moved"))  # the first stage's folder is not needed
     assert train.run(second) == 0
     first, last = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in ("one", "two"))
     start = Model(PRETRAINED["ouro-1.4b"].config)
-    train.load_public(start, "ouro-1.4b", tmp_path / "public")
+    train.load_public(start, "ouro-1.4b", tmp_path / "moved")
     moved = {name for name, p in start.state_dict().items() if not torch.equal(p, first[name])}
     assert {name.split(".")[1] for name in moved} == {"2", "4"}
     assert not any(torch.equal(first[name], p) for name, p in last.items() if name.endswith("_proj.weight"))
