@@ -617,13 +617,15 @@ def machine_limits(device, dtype):
     return 2 * 4 * big.numel() / copy, 2 * n**3 / measure(lambda: a @ a, device)[0]
 
 
-def benchmark(device, dtype, names):
-    """Rows for every shape, implementation and direction, with and without CUDA graph; times in seconds."""
+def benchmark(device, dtype, names, limits):
+    """
+    Measure every implementation, shape and direction, with and without CUDA graph: a generator of rows, dicts with
+    times in seconds. flash-linear-attention comes last: it compiles for minutes. limits: of machine_limits.
+    """
     rules = {impl: functools.partial(delta_rule, impl=impl) for impl in ("recurrent", "torch")}
     if device == "cuda":
         rules |= {"triton": functools.partial(delta_rule, impl="triton"), "fla": peer()}
-    limits, rows = machine_limits(device, dtype), []
-    for name, impl, backward in itertools.product(names, rules, (False, True)):
+    for impl, name, backward in itertools.product(rules, names, (False, True)):
         shape, rule = SHAPES[name], rules[impl]
         B, T, H, K, V = shape
         if rule is None or (impl == "recurrent" and 4 * B * T * H * K * V > 8e9):
@@ -643,10 +645,9 @@ def benchmark(device, dtype, names):
             except Exception as error:  # Triton and fla raise what they like; the other rows are wanted all the same
                 print(f"{name}, {impl}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
-            row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
-            rows.append(row | {"floor": least, "ratio": median / least})
             print(f"{name}, {impl}, backward={backward}, graph={graph}: {1e6 * median:,.0f} us", file=sys.stderr)
-    return {"bandwidth": limits[0], "flops": limits[1], "rows": rows}
+            row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
+            yield row | {"floor": least, "ratio": median / least}
 
 
 def benchmark_table(rows):
@@ -682,15 +683,20 @@ def main():
         "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)},
         "commit": git_commit(),
     }
-    found |= benchmark(device, torch.bfloat16 if device == "cuda" else torch.float32, args.shapes)
-    print(
-        f"{found['device']}: copies {found['bandwidth'] / 1e9:,.0f} GB/s, products {found['flops'] / 1e9:,.0f} GFLOP/s"
-    )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bandwidth, flops = limits = machine_limits(device, dtype)
+    found |= {"bandwidth": bandwidth, "flops": flops, "rows": []}
+    try:
+        for row in benchmark(device, dtype, args.shapes, limits):
+            found["rows"].append(row)
+            if args.json:  # after every row: what is measured is not lost
+                with open(args.json, "w") as f:
+                    json.dump(found, f, indent=1)
+    except KeyboardInterrupt:
+        print("kernels.py: interrupted, here is what was measured", file=sys.stderr)
+    print(f"{found['device']}: copies {bandwidth / 1e9:,.0f} GB/s, products {flops / 1e9:,.0f} GFLOP/s")
     print("Microseconds per call, in brackets the multiple of the floor.\n")
     print(benchmark_table(found["rows"]))
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump(found, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ import subprocess
 import sys
 import tokenize
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -57,6 +59,7 @@ from sleep import (
 )
 
 HERE = Path(__file__).resolve().parent
+PICK_DEVICE = evaluation.pick_device  # tests put another in its place
 
 # -----------------------------------------------------------------------------
 # the yardstick
@@ -631,12 +634,32 @@ def test_kernel_benchmark_measures_every_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(tmp_path / "k.json")])
     kernels.main()
     found = json.loads((tmp_path / "k.json").read_text())
-    wanted = {(impl, backward) for impl in ("recurrent", "torch") for backward in (False, True)}
+    impls = ("recurrent", "torch", "triton")[: 3 if torch.cuda.is_available() else 2]
+    wanted = {(impl, backward) for impl in impls for backward in (False, True)}
     assert {(row["impl"], row["backward"]) for row in found["rows"]} >= wanted
     moved = 2 * 5 * 2 * ((2 * 16 + 2 * 8) * (2 if torch.cuda.is_available() else 4) + 8) + 2 * 4 * 2 * 2 * 16 * 8
     assert found["rows"][0]["floor"] == pytest.approx(moved / 1e9)
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in found["rows"])
     assert "| small: 2, 5, 2, 16, 8 | forward + backward |" in capsys.readouterr().out
+
+
+def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    """A benchmark that is interrupted, or killed, after minutes leaves nothing."""
+    out = tmp_path / "k.json"
+
+    def rows(*how):
+        times = dict(median=1.0, low=1.0, high=1.0, floor=0.5, ratio=2.0)
+        yield dict(shape="Depo", impl="torch", backward=False, graph=False, **times)
+        assert len(json.loads(out.read_text())["rows"]) == 1  # before the next one is measured
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "benchmark", rows)
+    monkeypatch.setattr(kernels, "machine_limits", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(out)])
+    kernels.main()
+    said = capsys.readouterr()
+    assert "1,000,000 (2.0)" in said.out
+    assert_one_line(said.err, "interrupted")
 
 
 # -----------------------------------------------------------------------------
@@ -737,6 +760,34 @@ def test_model_refuses_what_is_no_architecture(wrong):
     """A typing error becomes another model instead of a message."""
     with pytest.raises(ValueError):
         ModelConfig(**{"vocab_size": 5, "d_model": 64, "n_head": 4, "n_kv_head": 4} | wrong)
+
+
+def test_model_starts_slow_to_forget_and_quiet():
+    """Heads forget within a few tokens at the start, so S cannot outlive N passes; or a block starts loud."""
+    model = Model(ModelConfig(31, "ADAD", 256, 16))
+    for i in (1, 3):
+        mixer = model.layers[i].mixer
+        A, dt = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
+        assert 0.01 <= A.min() and A.max() <= 1 and 0.001 <= dt.min() * 1.001 and dt.max() <= 0.1 * 1.001
+        assert A.std() > 0.1 and dt.log().std() > 0.5
+    for name, p in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            std = 0.02 / math.sqrt(8) if "out_proj" in name else 0.5 / math.sqrt(p.shape[1])
+            assert float(p.detach().std()) == pytest.approx(std, rel=0.2), name
+
+
+def test_model_mixed_precision_keeps_S_gates_and_logits():
+    """Under bfloat16 the fast weights, the gates or the logits are rounded: S forgets, and near chance ties matter."""
+    model, x = random_model(dtype=torch.float32), random_ids(2, 13)
+    h = torch.randn(2, 13, 16)
+    want = model.head(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(model.head(h), want) <= 1e-6 and model.head(h).dtype == torch.float32
+        features, state = model.blocks(model.embed(x), model.initial_state())
+        assert all(state[i].S.dtype == torch.float32 for i in (0, 2))
+        assert all(a.dtype == torch.float32 for a in model.layers[0].mixer.gates(*torch.randn(2, 2, 3, 2).bfloat16()))
+        norm = model.norm
+        assert error(norm(h), norm(h.double()).float()) <= 1e-6
 
 
 # -----------------------------------------------------------------------------
@@ -1343,6 +1394,26 @@ def test_sleep_passes_refuses(pattern, N, loop):
         Algorithm1(random_model(pattern), SleepConfig(N, loop))
 
 
+def test_sleep_stream_keeps_no_graph():
+    """A stream keeps the graph of every sleep for a backward that never comes: memory grows without end."""
+    sleeper = Sleeper(random_model(), SleepConfig(2, keep=L - 1), L)
+    sleeper.feed(random_ids(1, 3 * L))
+    sleeper.ask(random_ids(1, 2), 2)
+    assert not any(a.requires_grad for a in state_tensors(sleeper.state))
+
+
+def test_sleep_training_accuracy_is_the_share_of_right_answers():
+    """The accuracy in the log, by which --pace rises, counts something else than right predictions."""
+    model, x, y = random_model(), random_ids(2, 2 * L), random_ids(2, 2 * L)
+    m = answers_in([False, True], L).clone()
+    m[0, -2:] = False
+    algorithm, chunks = Algorithm1(model, SleepConfig(2)), split_chunks(m, L)
+    pred = algorithm.logits(x, m, chunks)[0].argmax(-1)
+    y[:, L:] = torch.where(torch.rand(2, L) < 0.6, pred, y[:, L:])
+    right = (pred == y[:, L:])[m[:, L:]].sum()
+    assert 0 < right < m.sum() and algorithm(x, y, m, chunks)[1] == right
+
+
 # -----------------------------------------------------------------------------
 # data.py: the tasks
 
@@ -1890,7 +1961,7 @@ def test_data_gsm_same_sentences_in_another_order_are_the_same_problem():
         core = [s for s in sentences if any(f"{name} " in s.split("equals")[0] for name in needed)]
         for kept in (sentences[::-1], core):
             assert task.problem_hashes(torch.tensor([task.encode(" ".join([*kept, question, rest]))]))[0] == h
-        core[0] = re.sub("(equals|is) .*", "equals 100.", core[0])  # a number that no problem has
+        core[0] = re.sub(r"\b(equals|is) .*", "equals 100.", core[0])  # a number that no problem has
         assert task.problem_hashes(torch.tensor([task.encode(" ".join([*core, question, rest]))]))[0] != h
 
 
@@ -1953,6 +2024,79 @@ def test_data_gsm_explains_its_problems(monkeypatch, capsys):
             assert f"which is {gsm_answer(text)[0]}" in block
 
 
+def test_data_depo_order_tells_nothing():
+    """Edges are listed, or questions asked, along the cycle: where a name stands gives its successors away."""
+    task = Depo(8, 4, 8, 1, 8)
+    x, y, m = task.batch(0, "train", 0, 400)
+    edges = x[:, :16].view(-1, 8, 2)
+    follows = edges[:, 1:, 0] == edges[:, :-1, 1]
+    after = [parse_depo(task, *row) for row in zip(x, y, m)]
+    asked = [successor[a] == b for successor, q in after for (_, a, *_), (_, b, *_) in zip(q, q[1:])]
+    first = [list(successor).index(q[0][1]) for successor, q in after]  # where the first question's edge stands
+    assert 0.11 < follows.float().mean() < 0.18 and 0.11 < np.mean(asked) < 0.18  # 1/7
+    assert np.bincount(first, minlength=8).min() > 25  # of 50
+
+
+def test_data_depo_cycle_sizes():
+    """Training cycles do not have the promised sizes, P(n) ~ 1/(n + sqrt(nodes))."""
+    task = Depo(9, 4, 2, 1, 3)
+    x = task.batch(0, "train", 0, 4000)[0]
+    n = (x[:, : task.context] < 100).sum(1) // 2
+    want = 1 / (np.arange(3, 10) + 3)
+    assert np.abs(np.bincount(n, minlength=10)[3:] / 4000 - want / want.sum()).max() < 0.02
+
+
+def test_data_gsm_sentences_are_shuffled():
+    """What is needed stands where it was drawn, at the front: position alone tells it from the noise."""
+    task, where = GSMInfinite(4, 0, 300, 400, 299), []
+    for text, _ in gsm_rows(task, *task.batch(0, "train", 0, 200)):
+        names = list(gsm_read(text)[0])
+        where += [names.index(name) / (len(names) - 1) for name in gsm_needed(text)]
+    assert len(where) > 300 and 0.45 < np.mean(where) < 0.55 and 0.26 < np.std(where) < 0.34  # uniform: 0.5, 0.29
+
+
+def test_data_gsm_both_means_both():
+    """--mode both asks no reverse problem (or only such), or no problem has averages: a task easier than it says."""
+    sizes = dict(op=6, min_op=4, min_length=260, max_length=300, L=259)
+    found = {}
+    for mode, difficulty in (("both", "both"), ("both", "hard"), ("forward", "medium")):
+        measures = GSMInfinite(**sizes, mode=mode, difficulty=difficulty)
+        measures = measures.measures(measures.batch(0, "train", 0, 300)[0])
+        found[mode, difficulty] = measures["reverse"].mean(), measures["hard"].mean()
+        assert np.bincount(measures["op"])[4:].min() > 70  # of 100 each
+    assert all(0.4 < reverse < 0.6 for (mode, _), (reverse, _) in found.items() if mode == "both")
+    assert found["forward", "medium"] == (0, 0)
+    hard = found["both", "hard"][1]
+    assert hard > 0.6 and 0.3 * hard < found["both", "both"][1] < 0.7 * hard
+
+
+@pytest.mark.parametrize("name", ("rule110", "depo"))
+def test_data_examples_can_be_checked_by_hand(name, monkeypatch, capsys):
+    """`python data.py` prints other examples than asked for, or a walk or a step that does not lead to the answer."""
+    assert call(data.main, monkeypatch, ["--task", name, "--seed", "4", "--split", "val"]) == 0
+    shown, task = capsys.readouterr().out, data.TASKS[name](**data.EXAMPLE_SIZES[name])
+    x, y, m = task.batch(4, "val", 0, 3)
+    assert all("\n".join(task.explain(*row)) in shown for row in zip(x, y, m))
+    for i, block in enumerate(shown.split("val example ")[1:]):
+        if name == "rule110":
+            last = re.search(r"step  4  (.*)", block)[1].split()
+            assert [int(bits[0]) for bits in last] == y[i][m[i]].tolist() == [*map(int, re.findall(r"\[(\d)\]", block))]
+            continue
+        successor, queries = parse_depo(task, x[i], y[i], m[i])
+        walks = [walk.split(" > ") for walk in re.findall("because (.*)", block)]
+        spelled = {task.decode(a): task.decode(b) for a, b in successor.items()}
+        for walk, (k, start, _, answer) in zip(walks, queries, strict=True):
+            assert (len(walk), walk[0], walk[-1]) == (k + 1, task.decode(start), task.decode(answer))
+            assert all(spelled[a] == b for a, b in zip(walk, walk[1:]))
+
+
+def test_data_depo_names_are_short_and_long():
+    """All names have one length, so that reading them is no matter of counting."""
+    long = data.draw_names(np.random.default_rng(0), 2000, 3, 2) >= 50
+    assert 0.47 < long.mean() < 0.54  # repeats, which are rejected, are short
+    assert data.draw_names(np.random.default_rng(0), 200, 3, 1).max() < 50
+
+
 # -----------------------------------------------------------------------------
 # eval.py: how it is judged
 
@@ -1972,8 +2116,9 @@ def config_of(flags, *more):
 
 
 def call(main, monkeypatch, argv):
-    """Run a script's main in this process as from a shell; returns its exit status."""
+    """Run a script's main in this process as from a shell, on the CPU if no other is named; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, argv)])
+    monkeypatch.setattr(evaluation, "pick_device", lambda name: PICK_DEVICE("cpu" if name == "auto" else name))
     try:
         main()
     except SystemExit as stop:
@@ -2545,6 +2690,122 @@ def test_eval_refuses_spoiled_checkpoints_in_one_line(kind, finished, tmp_path, 
     assert not said.out and not (tmp_path / "executed").exists()
 
 
+def test_eval_standard_error_and_headline():
+    """The standard error beside an accuracy is not that of a mean of n answers."""
+    task = Rule110(9, 1, 2)
+    x, y, m = task.batch(0, "test", 0, 64)
+    pred = torch.where(torch.rand(y.shape) < 0.7, y, 1 - y)
+    summary = evaluation.summarise(task, x, y, m, pred, torch.rand(y.shape), torch.ones(64))
+    for key, right in task.score(x, y, m, pred).items():
+        row = summary["rows"][key]
+        assert row["n"] == len(right) and row["accuracy"] == pytest.approx(right.mean())
+        assert row["stderr"] == pytest.approx(np.std(right) / np.sqrt(len(right))) and row["stderr"] > 0.01
+    exact, bit = (summary["rows"][f"t=1 {kind}"]["accuracy"] for kind in ("exact", "bit"))
+    assert evaluation.headline(summary["rows"]) == exact != bit  # bits are the same questions again
+    rows = {"hops 1": {"accuracy": 1.0, "n": 3}, "hops 2": {"accuracy": 0.0, "n": 1}}
+    assert evaluation.headline(rows | {"first hops 1": {"accuracy": 0.0, "n": 3}}) == 0.75
+
+
+def test_eval_seeds_are_whole_and_different_runs(tmp_path):
+    """An unfinished run is averaged with finished ones, or one run counts as two seeds."""
+    runs = [run_of("a"), run_of("b", seed=1), run_of("c", seed=2) | {"step": 7}]
+    columns = {header: [run["path"] for run in group] for header, group in evaluation.columns_of(runs).items()}
+    assert columns == {"N=4, steps 10": ["a", "b"], "N=4, steps 7 of 10": ["c"]}
+    with pytest.raises(ValueError, match="a and d are the same run"):
+        evaluation.columns_of([run_of("a"), run_of("b", seed=1), run_of("d")])
+
+
+def test_eval_scores_the_problems_that_were_asked_for(finished, tmp_path, monkeypatch):
+    """--split, --seed or --n of eval.py are read and then ignored."""
+    out = tmp_path / "a.json"
+    argv = [finished["rule110"], "--split", "val", "--seed", 3, "--n", 300, "--mistakes", 0, "--json", out]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    found = json.loads(out.read_text())
+    model, task, config, _ = evaluation.load_run(str(finished["rule110"]), "cpu")
+    algorithm = evaluation.algorithm_of(model, config)
+    want = evaluation.evaluate(algorithm, task, "val", config["L"], 300, 3, evaluation.BATCH)
+    assert (found["split"], found["n"], found["seed"]) == ("val", 300, 3) and found["runs"][0]["rows"] == want["rows"]
+
+
+def test_eval_probe_is_fitted_to_other_problems(finished, tmp_path, monkeypatch):
+    """The probe is tested on what it was fitted to, or "woken after n passes" is another number of passes."""
+    asked, woken, memories, evaluate = [], [], evaluation.memories, evaluation.evaluate
+    monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
+    monkeypatch.setattr(evaluation, "memories", lambda *a: asked.append((a[2]["N"], *a[3:])) or memories(*a))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a: woken.append((a[0].config.N, *a[2:6])) or evaluate(*a))
+    argv = "--probe --N 3 --n 64 --seed 1 --split val".split()
+    assert call(evaluation.main, monkeypatch, [finished["rule110"], *argv]) == 0
+    assert asked == [(3, "train", 1, 300), (3, "val", 1, 64)]
+    assert woken == [(n, "val", 8, 64, 1) for n in (1, 2, 3)]
+
+
+def test_eval_cost_times_what_it_says(finished, monkeypatch):
+    """--cost times another N, another stretch of text or another past than the row and the column say."""
+    model, _, config, _ = evaluation.load_run(str(finished["depo"]), "cpu")
+    seen, blocks = [], model.blocks
+
+    def watched(h, state, *args, **how):
+        seen.append((h.shape[1], max(0 if layer.k is None else layer.k.shape[1] for layer in state)))
+        return blocks(h, state, *args, **how)
+
+    def once(call, device):
+        seen.clear()
+        call()
+        found.append(list(seen))
+        return [1.0]
+
+    monkeypatch.setattr(model, "blocks", watched)
+    monkeypatch.setattr(evaluation, "milliseconds", once)
+    found, L = [], config["L"]
+    rows = evaluation.measure_cost(model, config, [1, 2], 1000, "cpu")
+    assert [row["N"] for row in rows] == [1, 2] and len(found) == 12
+    for N, calls in zip((1, 2), (found[:6], found[6:])):
+        asked = dict(zip(rows[0]["ms"], calls))
+        assert asked["sleep full"] == [(L, 0)] * N and asked["sleep one token"] == [(1, 0)] * N
+        assert asked["first, empty"] == [(1, 0)] and asked["first, full"] == [(L, 0)]
+        assert asked["next, empty"] == [(1, 1)] and asked["next, full"] == [(1, L - 1)]
+
+
+def test_eval_older_checkpoints_mean_what_they_meant(finished, tmp_path):
+    """A checkpoint from before a flag was added is evaluated as if that flag had been set."""
+    saved = torch.load(finished["rule110"] / "ckpt.pt", weights_only=True)
+    saved["config"] = {k: v for k, v in saved["config"].items() if k not in evaluation.LATER_FLAGS}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    (model, task, config, _), (_, _, new, _) = (
+        evaluation.load_run(str(path), "cpu") for path in (tmp_path, finished["rule110"])
+    )
+    assert evaluation.sleep_config(config) == evaluation.sleep_config(new) == SleepConfig(2)
+    assert config["answer_passes"] == 1 and config["evict"] == "hard" and config["learn"] == "all"
+
+
+def test_eval_mistakes_show_what_was_wrong():
+    """`eval.py` prints right answers as mistakes, counts them wrongly, or swaps what was right and what was said."""
+    task = Rule110(8, 1, 2)
+    x, y, m = task.batch(0, "test", 0, 5)
+    pred = torch.where(m, y, -1)
+    pred[3, -1] = 1 - y[3, -1]
+    text = evaluation.mistakes(task, x, y, m, pred, 3)
+    assert text.startswith("1 of 5 examples hold a mistake") and "example 4\n" in text and "example 1\n" not in text
+    right, said = (task.decode(a[3, -2:]) for a in (y, pred))
+    assert f"is {right}, the model says {said}" in text
+    assert evaluation.mistakes(task, x, y, m, y, 3) == "0 of 5 examples hold a mistake"
+
+
+def test_eval_chat_forgets(finished, monkeypatch, capsys):
+    """/new keeps what was said before, or a question stays in the memory."""
+    model, task, config, _ = evaluation.load_run(str(finished["depo"]), "cpu")
+    talk = evaluation.Chat(model, task, config)
+    x = task.batch(0, "test", 0, 1)[0][0]
+    talk.line(task.decode(x[: task.context]))
+    talk.line(task.decode(x[: config["L"] - 6]))
+    before = [a.clone() for a in state_tensors(talk.sleeper.state)], talk.sleeper.window.clone()
+    talk.line("? " + task.decode(x[task.context : task.context + 2]))
+    assert all(torch.equal(a, b) for a, b in zip(before[0], state_tensors(talk.sleeper.state)))
+    assert before[0] and torch.equal(before[1], talk.sleeper.window)
+    talk.line("/new")
+    assert same_memory(talk.sleeper, Sleeper(model, SleepConfig(config["N"]), config["L"]))
+
+
 # -----------------------------------------------------------------------------
 # train.py: how it learns
 
@@ -3016,6 +3277,175 @@ def test_train_learns(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     row = result["test"]["rows"]["t=1 exact"]
     assert row["accuracy"] >= 0.8 and max(row["uniform"], row["majority"]) <= 0.5
+
+
+def test_train_uses_each_split_for_what_it_is_for(tmp_path, monkeypatch):
+    """Training or the curves see test problems, or two seeds are scored on different problems, or on too few."""
+    config, asked, original = config_of(RULE110, "--seed", 5, "--steps", 5, "--test-n", 24), [], Rule110.batch
+    config.out = str(tmp_path / "run")
+
+    def batch(task, seed, split, s, B, level=None):
+        asked.append((seed, split, B))
+        return original(task, seed, split, s, B, level)
+
+    monkeypatch.setattr(Rule110, "batch", batch)
+    assert train.run(config) == 0
+    assert set(asked) == {(5, "train", 8), (5, "train", 1), (0, "val", 256), (0, "test", 256)}  # 1: to count FLOPs
+    model, task, flags, _ = evaluation.load_run(config.out, "cpu")
+    algorithm = evaluation.algorithm_of(model, flags)
+    (val,) = read_log(tmp_path / "run", "val")
+    scores = {"val": val["scores"], "test": json.loads((tmp_path / "run" / "result.json").read_text())["test"]}
+    for split, n in (("val", 16), ("test", 24)):
+        want = evaluation.evaluate(algorithm, task, split, flags["L"], n, 0, evaluation.BATCH)
+        assert scores[split]["examples"] == n and scores[split]["rows"] == want["rows"]
+
+
+def test_train_seed_draws_weights_and_problems():
+    """All seeds train one model on the same problems, and their spread is none; or another N sees other problems."""
+
+    def start(*flags):
+        trainer = train.Trainer(config_of(DEPO, *flags))
+        batches = train.Batches(trainer.task, trainer.config)
+        ((x, *_),), _ = batches.get(0, 1)
+        batches.close()
+        return trainer.model.embedding.weight, x
+
+    one, again, other_N, other = (start("--seed", s, "--N", N) for s, N in ((1, 3), (1, 3), (1, 1), (2, 3)))
+    for same in (again, other_N):
+        assert all(torch.equal(a, b) for a, b in zip(one, same))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_train_flags_reach_the_model_and_its_sleep(tmp_path):
+    """A flag is accepted, written to config.json, and does nothing."""
+    flags = "--pattern DAD --loop 0:1 --evict sliding --sleep-attention full --reinject --answer-passes 3 --checkpoint "
+    flags += "--positions --conv 3 --n-kv-head 1 --d-mlp 20 --rope-theta 500 --out"
+    config = config_of(RULE110, *flags.split(), tmp_path / "run", "--steps", 1)
+    assert train.run(config) == 0
+    algorithm, model = train.Trainer(config).plain_algorithm, evaluation.load_run(config.out, "cpu")[0]
+    assert algorithm.use_checkpoint and algorithm.answer_passes == 3
+    assert algorithm.config == SleepConfig(2, (0, 1), keep=7, causal=False, reinject=True)
+    for c in (algorithm.model.config, model.config):
+        assert (c.pattern, c.n_pos, c.conv, c.n_kv_head, c.d_mlp, c.rope_theta) == ("DAD", 8, 3, 1, 20, 500)
+
+
+def test_train_schedule_and_optimizers():
+    """The learning rates do not rise, stay and fall; a weight learns by the wrong optimizer, or shrinks unasked."""
+    flags = ("--steps", 100, "--warmup", 0.1, "--decay", 0.4, "--muon-lr", 0.02, "--adam-lr", 0.003)
+    config = config_of(DEPO, *flags, "--weight-decay", 0.3, "--no-positions")
+    want = np.interp(np.arange(100), (-1, 9, 60, 100), (0, 1, 1, 0))
+    assert np.allclose([train.schedule(step, config) for step in range(100)], want)
+    trainer = train.Trainer(config)
+    batches = train.Batches(trainer.task, config)
+    for step in (0, 1):
+        trainer.train_step(*batches.get(step, 1))
+    batches.close()
+    muon, adamw = ([group for group in o.param_groups] for o in trainer.optimizers)
+    assert [(g["lr"], g["weight_decay"]) for g in muon] == [(pytest.approx(0.02 * 0.2), 0.3)]
+    assert [(g["lr"], g["weight_decay"]) for g in adamw] == [(pytest.approx(0.003 * 0.2), 0)]
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    matrices = {names[p] for p in muon[0]["params"]}
+    assert matrices == {n for p, n in names.items() if n.startswith("layers.") and p.dim() == 2 and ".conv_" not in n}
+    assert matrices | {names[p] for p in adamw[0]["params"]} == set(names.values())
+
+
+def test_train_clips_the_gradient():
+    """The gradient is not clipped at --clip, or its norm is logged as it is after clipping."""
+    trainer = train.Trainer(config_of(DEPO, "--clip", 0.01))
+    batches = train.Batches(trainer.task, trainer.config)
+    micro, count = batches.get(0, 1)
+    batches.close()
+
+    def norm():
+        return torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
+
+    trainer.forward_backward(micro, count)
+    before = norm()
+    trainer.model.zero_grad()
+    logged = trainer.gradients(micro, count)["grad_norm"]
+    assert error(logged, before) <= 1e-5 and before > 0.1 and float(norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_train_minutes_stop_score_and_go_on(tmp_path, monkeypatch):
+    """--minutes counts something else, a run that it stopped is not scored, or cannot go on with other minutes."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    after_step(monkeypatch, range(21), lambda trainer: setattr(clock, "now", clock.now + 10))  # a step takes 10 s
+    flags = DEPO + f" --eval-every 20 --out {tmp_path / 'run'}"
+    for more, steps in (("--minutes 0.6", 4), ("--minutes 0.6 --resume", 8), ("--resume", 20)):
+        assert train.run(config_of(flags, *more.split())) == 0
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert (result["step"], result["seconds"]) == (steps, 10 * steps) and result["test"]["rows"]
+        clock.now += 500  # scoring, and the night between two runs, are not training time
+
+
+def test_train_killed_run_goes_on_without_a_trace(tmp_path, monkeypatch):
+    """After a crash behind the last checkpoint the log holds steps twice, or a line that was cut off stops the run."""
+    flags = RULE110 + " --seed 3 --out"
+    assert train.run(config_of(flags, tmp_path / "whole")) == 0
+
+    def power_cut(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        after_step(patch, [8], power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config_of(flags, tmp_path / "cut"))
+    log = tmp_path / "cut" / "log.jsonl"
+    assert len(read_log(tmp_path / "cut")) == 7
+    log.write_text(log.read_text() + '{"kind": "train", "st')
+    assert train.run(config_of(flags, tmp_path / "cut", "--resume")) == 0
+    for kind in ("train", "val"):
+        assert read_log(tmp_path / "cut", kind) == read_log(tmp_path / "whole", kind) != []
+
+
+def test_train_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """A crash while a checkpoint is written destroys the one before it."""
+    trainer, path = train.Trainer(config_of(RULE110)), tmp_path / "ckpt.pt"
+    trainer.save(str(path))
+    good = path.read_bytes()
+
+    def full(content, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="No space left") as caught:
+        trainer.save(str(path))
+    assert_one_line(str(caught.value), "ckpt.pt")
+    assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("name", ("muon_lr", "adam_lr", "weight_decay", "steps", "batch", "evict", "reinject", "seed"))
+def test_train_resume_refuses_another_run(name, finished):
+    """A run goes on with another learning rate, schedule or sleep than it began with, and nobody is told."""
+    config = config_of(DEPO, "--steps", 2, "--out", finished["depo"], "--resume")
+    trainer = train.Trainer(config)
+    trainer.load(str(finished["depo"] / "ckpt.pt"))
+    value = getattr(config, name)
+    setattr(config, name, "all" if name == "evict" else not value if name == "reinject" else value * 2 + 1)
+    with pytest.raises(ValueError, match=f"{name} = {value}"):
+        trainer.load(str(finished["depo"] / "ckpt.pt"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_train_peak_memory_is_in_mib():
+    """The peak memory of a run is in another unit than its name says."""
+    kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    assert train.peak_memory("cpu") == pytest.approx(kib / 1024, rel=0.05)
+
+
+def test_train_threads_and_a_second_signal(tmp_path):
+    """--threads does nothing, or a second Ctrl-C does not end a run whose step hangs."""
+    assert train.run(config_of(RULE110, "--steps", 1, "--threads", 2, "--out", tmp_path / "run")) == 0
+    assert torch.get_num_threads() == 2
+    old = signal.getsignal(signal.SIGINT)
+    with train.Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.reason_to_stop(False, "cpu") == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is old
 
 
 # -----------------------------------------------------------------------------
@@ -3567,6 +3997,37 @@ def test_public_memory_prediction_counts_what_autograd_keeps(small_public, tmp_p
     config.device, config.checkpoint = "cuda", False  # bfloat16 there: copies of the weights, smaller activations
     half = train.predicted_memory(config, trainer.task)
     assert half["copies"] > 0 and 0.5 * sizes[0] < half["sequence"] * 2**30 < 0.95 * sizes[0]
+
+
+@pytest.mark.parametrize("vocab_size", (2**16, 2**16 + 1, 248_320))
+def test_public_prepared_problems_hold_every_token(vocab_size, tmp_path, monkeypatch):
+    """Ids beyond 65,535 (Qwen3.5 and Jet-Nemotron have them) wrap around on the disk, or a batch is another one."""
+
+    class Task:
+        T, levels = 6, 1
+
+        def batch(self, seed, split, s, B, level=None):
+            seq = vocab_size - 1 - torch.arange(100 * s, 100 * s + 7 * B).view(B, 7)
+            m = torch.zeros(B, 6, dtype=torch.bool)
+            m[:, 2 : 4 + s % 2] = True
+            return seq[:, :-1], seq[:, 1:], m
+
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    task = Task()
+    task.vocab_size = vocab_size
+    config = SimpleNamespace(out=str(tmp_path), problems=9, batch=3, workers=1, seed=0)
+    prepared = train.PreparedProblems(SimpleNamespace(task=task, config=config, rank=0, ranks=1))
+    for step in range(7):  # after the last of three batches the first comes again
+        got, want = (t.batch(0, "train", s, 3) for t, s in ((prepared, step), (task, step % 3)))
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_public_text_splits_share_no_problem(tokenizer_file):
+    """As text for a public checkpoint, the test problems are training problems."""
+    task = data.GSMText(tokenizer_file.parent, 512, TEXT_SIZES)
+    for split in data.SPLITS:
+        hashes = task.words.problem_hashes(task.own(*task.batch(0, split, 0, 24))[0])
+        assert data.in_split(hashes, split).all()
 
 
 # -----------------------------------------------------------------------------
