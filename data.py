@@ -3,8 +3,7 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
-    batch(seed, split, s, B, level)         x, y, m: tokens, next tokens, and which positions are scored; problems need
-                                            no more than `level` steps, hops or operations, by default all `levels`
+    batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored
     score(x, y, m, pred)                    what was answered right, one array per difficulty; a name holds its number,
                                             and "first ..." and "... bit" repeat the questions of other names
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
@@ -154,7 +153,6 @@ class Rule110:
             raise ValueError(f"--strings is {strings}: use 1 or more")
         self.width, self.t, self.strings = width, t, strings
         self.vocab_size = 3  # "0", "1", "Q"
-        self.levels = max(1, t)  # a level is a number of steps
         self.context = strings * width
         self.T = self.context + strings
         self.prompt, self.answer_tokens = "Q", strings
@@ -163,8 +161,8 @@ class Rule110:
         # the width goes in too: 011 and 0110 pack into the same integer
         return splitmix64(splitmix64(np.array([self.width], dtype=np.uint64)) + state)
 
-    def batch(self, seed, split, s, B, level=None):
-        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). level: ask for that many steps instead."""
+    def batch(self, seed, split, s, B):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T)."""
         rng = batch_rng(seed, split, s)
 
         def draw(rows):
@@ -173,7 +171,7 @@ class Rule110:
 
         (state,) = sample_problems(draw, split, B * self.strings)
         context = unpack_bits(state, self.width).reshape(B, self.context)
-        for _ in range(self.t if level is None else min(level, self.t)):
+        for _ in range(self.t):
             state = rule110_step(state, self.width)
         labels = (state & np.uint64(1)).astype(np.int64).reshape(B, self.strings)
         # not in the paper: one query token, so that the first answer is predicted after the last string is evicted
@@ -327,7 +325,6 @@ class Depo:
             raise ValueError(f"--min-nodes is {min_nodes}: use 3 to {nodes} (--nodes)")
         self.nodes, self.hops, self.queries = nodes, hops, queries
         self.name_tokens, self.min_nodes = name_tokens, min_nodes
-        self.levels = hops  # a level is the longest walk asked for
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
         self.answer = self.query + hops + 1
         self.pad = self.answer + 1
@@ -360,29 +357,26 @@ class Depo:
         hashes = np.where(on, edge_hash(node, successor), np.uint64(0)).sum(axis=1, dtype=np.uint64)
         return splitmix64(hashes), [n, node, successor]
 
-    def _questions(self, rng, n, node, hops):
-        """Queries of 1 to `hops` hops as tokens, -1 for none, int64 (B, queries, 2 + 2 * name_tokens)."""
+    def _questions(self, rng, n, node):
+        """Queries of 1 to self.hops hops as tokens, -1 for none, int64 (B, queries, 2 + 2 * name_tokens)."""
         B = len(n)
         asked = np.arange(self.queries) < n[:, None]  # (B, queries)
         start = shuffle(rng, n, self.nodes)[:, : self.queries]  # places on the cycle, none twice
-        k = rng.integers(1, hops + 1, (B, self.queries))
+        k = rng.integers(1, self.hops + 1, (B, self.queries))
         # not in the paper: hops wrap around on cycles shorter than k, and a cycle of n < queries nodes gets n queries
         end = (start + k) % n[:, None]
         columns = [(self.query + k)[..., None], self.spelling[take(node, start)]]
         columns += [np.full((B, self.queries, 1), self.answer), self.spelling[take(node, end)]]
         return np.where(asked[..., None], np.concatenate(columns, axis=2), -1)
 
-    def batch(self, seed, split, s, B, level=None):
-        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). Training cycles vary in size.
-
-        level: the largest number of hops to ask for, all by default.
-        """
+    def batch(self, seed, split, s, B):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). Training cycles vary in size."""
         rng = batch_rng(seed, split, s)
         n, node, successor = sample_problems(lambda rows: self._draw(rng, split, rows), split, B)
         order = shuffle(rng, n, self.nodes)
         edges = np.stack([take(node, order), take(successor, order)], axis=2)  # (B, nodes, 2)
         facts = self.spelling[edges].reshape(B, -1)  # (B, context), -1 in the gaps
-        asks = self._questions(rng, n, node, self.hops if level is None else min(level, self.hops))
+        asks = self._questions(rng, n, node)
         scored = np.zeros(asks.shape, dtype=bool)
         scored[:, :, 1 + self.name_tokens :] = True  # <answer> and the answer's name
         asks, scored = asks.reshape(B, -1), scored.reshape(B, -1)  # (B, T - context)
@@ -1182,7 +1176,6 @@ class GSMInfinite:
         self._check()
         self.vocab_size = len(WORDS)
         self.tail = ANSWER_TOKENS + (self._longest_solution() if worked else 0)
-        self.levels = op  # a level is the largest op
         self.context = (min_length - 1) // L * L  # slept over in every row
         self.T = max_length + self.tail - 1
         self.prompt, self.answer_tokens = "solution:" if worked else "answer:", self.tail
@@ -1230,8 +1223,8 @@ class GSMInfinite:
         line = 5 + 2 * self.name_words + (6 if self.mode == "forward" else 12)
         return 1 + self.op * line + (0 if self.mode == "forward" else 24)
 
-    def draw(self, rng, split, B, op, chunks=None):
-        """B different problems of at most `op` as (Problem, length); the texts are filled.
+    def draw(self, rng, split, B, chunks=None):
+        """B different problems as (Problem, length); the texts are filled.
 
         Lengths lie in one of the chunks, a list of (low, high), self.chunks by default.
         """
@@ -1239,9 +1232,8 @@ class GSMInfinite:
         # not in the paper: a batch with several chunks to choose from takes one, by how many lengths it holds
         low, high = one_of(rng, chunks or self.chunks)
         least = self.min_op or self.op
-        most = max(least, op)
         for length in rng.integers(low, high + 1, B).tolist():
-            op = least + dice.below(most - least + 1)
+            op = least + dice.below(self.op - least + 1)
             reverse = op >= REVERSE_FROM and (self.mode == "reverse" or self.mode == "both" and dice.chance(0.5))
             hard = op >= AVERAGES_FROM and (self.difficulty == "hard" or self.difficulty == "both" and dice.chance(0.5))
             names = Names(dice, length, self.name_words)
@@ -1257,10 +1249,10 @@ class GSMInfinite:
             problems.append((problem, length))
         return problems
 
-    def batch(self, seed, split, s, B, level=None):
-        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). level: the largest op, all by default."""
+    def batch(self, seed, split, s, B):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T)."""
         rng = batch_rng(seed, split, s)
-        problems = self.draw(rng, split, B, self.op if level is None else min(level, self.op))
+        problems = self.draw(rng, split, B)
         seq = np.full((B, self.T + 1), PAD)
         m = np.zeros((B, self.T), dtype=bool)
         for row, (problem, length) in enumerate(problems):
@@ -1418,12 +1410,11 @@ class GSMText:
         length = 192 if sizes["name_words"] == 1 else self.min_length
         self.words = GSMInfinite(**sizes | {"min_length": length, "max_length": length, "L": length - 1})
         rng = np.random.default_rng(0)
-        texts = [p.text(rng, self.words.question) for p, _ in self.words.draw(rng, "val", 32, self.words.op)]
+        texts = [p.text(rng, self.words.question) for p, _ in self.words.draw(rng, "val", 32)]
         self.rate = np.mean([len(self._text_ids(text)) / (len(text) + 1) for text in texts])
         low, high = self.min_length / self.rate, self.max_length / self.rate
         ours = {"min_length": math.floor(low), "max_length": math.ceil(high), "L": math.floor(low) - 1}
         self.words = GSMInfinite(**sizes | ours)
-        self.levels = self.words.levels
 
     def _encode(self, texts):
         """Texts -> lists of the tokenizer's ids."""
@@ -1433,14 +1424,13 @@ class GSMText:
         """Our ids of a text -> the tokenizer's ids of it and the prompt."""
         return sum(self._encode([self.words.plain_text(text), self.prompt]), [])
 
-    def batch(self, seed, split, s, B, level=None):
-        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). level: the largest op, all by default."""
-        rng, op = batch_rng(seed, split, s), self.words.op if level is None else min(level, self.words.op)
-        chunk = one_of(rng, self.chunks)
-        rows, seen = [], set()
+    def batch(self, seed, split, s, B):
+        """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T)."""
+        rng = batch_rng(seed, split, s)
+        chunk, rows, seen = one_of(rng, self.chunks), [], set()
         for _ in range(200):
             if len(rows) < B:
-                rows += self._rows(rng, split, B - len(rows), op, chunk, seen)
+                rows += self._rows(rng, split, B - len(rows), chunk, seen)
         if len(rows) < B:
             raise ValueError(
                 f"too few problems have {chunk[0]} to {chunk[1]} tokens: lower --min-length or raise --max-length"
@@ -1451,10 +1441,10 @@ class GSMText:
             m[row, len(ids) - 1 : len(ids) + len(answer) - 1] = True
         return as_tensors(seq[:, :-1], seq[:, 1:], m)
 
-    def _rows(self, rng, split, B, op, chunk, seen):
+    def _rows(self, rng, split, B, chunk, seen):
         """Up to B rows with a length in the chunk's range that were not seen before: lists of (ids, answer's ids)."""
         low, high = (min(max(round(n / self.rate), self.words.min_length), self.words.max_length) for n in chunk)
-        problems = self.words.draw(rng, split, B, op, [(low, high)])
+        problems = self.words.draw(rng, split, B, [(low, high)])
         prompts = [self._text_ids(problem.text(rng, self.words.question)) for problem, _ in problems]
         answers = self._encode([f" {problem.answer}" for problem, _ in problems])
         rows = []

@@ -119,8 +119,8 @@ FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulat
 # flags that older checkpoints do not know, with the values that describe what those runs did
 LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False)
 LATER_FLAGS |= dict(
-    pace=False,
-    grow=0.0,  # a flag that is gone: named, so that runs from before and after are the same setting
+    pace=False,  # this and the next are flags that are gone: named, so that runs from before and after are one setting
+    grow=0.0,
     init_from=None,
     init_dir=None,
     problems=None,
@@ -167,7 +167,7 @@ def checkpoint_of(path):
 def load_run(path, device):
     """
     A trained model. path: a run directory or a checkpoint file -> model, task, config (the run's flags, a dict), and a
-    dict of how far training came: step, tokens, seconds, flops, level (None where an older checkpoint does not say).
+    dict of how far training came: step, tokens, seconds, flops (None where an older checkpoint does not say).
     Raises ValueError as read_checkpoint, build_task and load_weights do.
     """
     file = checkpoint_of(path)
@@ -183,7 +183,7 @@ def load_run(path, device):
         raise ValueError(f"{file} has no {error} in its config: it is from another version of train.py") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no checkpoint of this train.py ({error}): give one that is") from None
-    return model, task, config, {key: saved.get(key) for key in ("step", "tokens", "seconds", "flops", "level")}
+    return model, task, config, {key: saved.get(key) for key in ("step", "tokens", "seconds", "flops")}
 
 
 def read_provenance(path, name="config.json"):

@@ -1403,7 +1403,7 @@ def test_sleep_stream_keeps_no_graph():
 
 
 def test_sleep_training_accuracy_is_the_share_of_right_answers():
-    """The accuracy in the log, by which --pace rises, counts something else than right predictions."""
+    """The accuracy in the log, counts something else than right predictions."""
     model, x, y = random_model(), random_ids(2, 2 * L), random_ids(2, 2 * L)
     m = answers_in([False, True], L).clone()
     m[0, -2:] = False
@@ -1559,23 +1559,6 @@ def test_data_batch_is_a_function_of_seed_split_and_number(task):
     assert all(torch.equal(a, b) for a, b in zip(again.batch(0, "train", 7, 16), first))
     with pytest.raises(ValueError):
         task.batch(0, "training", 0, 4)
-
-
-def test_data_levels_make_the_same_problems_easier():
-    """A lower level asks other things than shorter walks and fewer steps of the automaton, or changes the contexts."""
-    task = Depo(8, 4, 5, 1, 8)
-    x, y, m = task.batch(3, "train", 7, 40, level=2)
-    hops = x[(x > task.query) & (x < task.answer)] - task.query
-    assert sorted(hops.unique().tolist()) == [1, 2]
-    assert torch.equal(x[:, : task.context], task.batch(3, "train", 7, 40)[0][:, : task.context])
-    for sizes in DEPO_SIZES[:2]:
-        whole, again = (Depo(*sizes).batch(3, "train", 7, 9, level) for level in (None, sizes[1]))
-        assert all(torch.equal(a, b) for a, b in zip(whole, again))
-    task = GSMInfinite(op=6, min_op=1, min_length=260, max_length=300, L=256)
-    assert task.measures(task.batch(0, "train", 1, 40, level=3)[0])["op"].max() == 3
-    for level in (1, 2, 5):
-        easier, same = Rule110(9, 5, 2).batch(3, "train", 7, 40, level), Rule110(9, level, 2).batch(3, "train", 7, 40)
-        assert all(torch.equal(a, b) for a, b in zip(easier, same))
 
 
 def raw_problems(task, x, y, m):
@@ -1852,7 +1835,7 @@ def test_data_gsm_noise_changes_no_answer():
     """Noise or a distractor feeds the answer, or noise adds a kind to a place of the question's own world."""
     for sizes in (dict(op=8, min_length=700, max_length=900, L=699), GSM_TINY):
         task = GSMInfinite(**sizes)
-        for problem, _ in task.draw(np.random.default_rng(2), "train", 100, task.op):
+        for problem, _ in task.draw(np.random.default_rng(2), "train", 100):
             origins = ("needed", "distractor", "noise")
             found = [gsm_answer(gsm_text(task, problem, origins[:k])) for k in (1, 2, 3)]
             assert found[0] == found[1] == found[2] and found[0][:2] == (problem.answer, problem.op)
@@ -1894,7 +1877,7 @@ def auc(a, b):
 def test_data_gsm_noise_looks_like_the_problem(op):
     """A model can drop noise without understanding it: by pruning once what nobody mentions, or by a shallow cue."""
     task, rng = GSMInfinite(op, 0), np.random.default_rng(op)
-    cues = np.concatenate([gsm_cues(task, problem, rng) for problem, _ in task.draw(rng, "train", 150, task.op)])
+    cues = np.concatenate([gsm_cues(task, problem, rng) for problem, _ in task.draw(rng, "train", 150)])
     noise, distractor, about, count = cues[:, 0] == 1, cues[:, 1] == 1, cues[:, 2] == 1, cues[:, 3]
     shares = [(count[which] == 0).mean() for which in (noise, distractor)]
     assert abs(shares[0] - shares[1]) < 0.05 and min(shares) > 0.1
@@ -2149,7 +2132,7 @@ def test_eval_leaves_training_untouched(flags):
     config = trainers[0].config
     for step in range(3):
         for i, trainer in enumerate(trainers):
-            trainer.train_step(*batches.get(step, 1))
+            trainer.train_step(*batches.get(step))
             model = trainer.model
             if i == 0:
                 before = torch.get_rng_state(), np.random.get_state()[1].tolist(), model.training
@@ -2943,8 +2926,6 @@ BAD_FLAGS = {
     "another task's name": ("--task chess", "--task"),
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
-    "pace and drawn passes": ("--pace --random-N", "--random-N"),
-    "pace of one pass": ("--pace --N 1", "--N 2"),
     "workers": ("--workers -1", "--workers"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
@@ -3027,7 +3008,7 @@ def test_train_micro_batches_give_the_gradient_of_the_whole_batch():
     found, per_row = [], None
     for accumulate in (1, 4):
         trainer = train.Trainer(config_of(DEPO, "--accumulate", accumulate))
-        micro, count = train.Batches(trainer.task, trainer.config).get(0, 1)
+        micro, count = train.Batches(trainer.task, trainer.config).get(0)
         assert len(micro) == accumulate
         per_row = torch.cat([m.sum(1) for _, _, m, _ in micro])
         assert int(per_row.sum()) == count
@@ -3046,7 +3027,7 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
     trainer = train.Trainer(config)
     batches = train.Batches(trainer.task, config)
     for step in range(3):
-        batch, found = batches.get(step, 1), []
+        batch, found = batches.get(step), []
         # compared at equal weights: Muon's steps are of equal size for small gradients, so it blows rounding up
         for gradients in (trainer.gradients, trainer.replayed_gradients):
             out = gradients(*batch)
@@ -3062,7 +3043,7 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
 def test_train_goes_on_without_a_compiler(monkeypatch, capsys):
     """A machine that cannot compile stops training, or its run says that it was compiled."""
     trainer = train.Trainer(config_of(RULE110, "--compile"))
-    batch = train.Batches(trainer.task, trainer.config).get(0, 1)
+    batch = train.Batches(trainer.task, trainer.config).get(0)
     whole, calls = train.Trainer.train_step, []
 
     def fails_once(self, *args):
@@ -3098,65 +3079,13 @@ def test_train_workers_make_the_same_batches():
     for workers in (0, 2):
         config.workers = workers
         batches = train.Batches(task, config)
-        taken.append([batches.get(step, 1) for step in range(3)])
-        assert max(batches.ahead) == (2, 1)
+        taken.append([batches.get(step) for step in range(3)])
+        assert max(batches.ahead) == 2
         batches.close()
     for (a, count), (b, again) in zip(*taken):
         assert count == again and len(a) == len(b) == 2
         for one, other in zip(a, b):
             assert one[3] == other[3] and all(torch.equal(x, y) for x, y in zip(one[:3], other[:3]))
-
-
-def test_train_pace_draws_passes_and_problems_that_fit():
-    """--pace leaves a level out, draws beyond it, or asks for more, or for less, than its passes' part of the task."""
-    config = config_of(DEPO, "--pace", "--hops", "5")  # N = 3
-    for level in (1, 2, 3):
-        drawn = [train.passes_of(step, config, level) for step in range(600)]
-        share = 600 / (level + 1)
-        assert set(drawn) == set(range(1, level + 1))
-        assert all(abs(drawn.count(n) - share * (1 + (n == level))) < 60 for n in set(drawn))
-    assert [train.difficulty(n, config, 5) for n in (1, 2, 3)] == [2, 4, 5]
-    assert [train.difficulty(n, config_of(DEPO), 5) for n in (1, 3)] == [5, 5]
-    trainer = train.Trainer(config)
-    batches = train.Batches(trainer.task, config)
-    asked = {1: set(), 3: set()}
-    for step in range(20):
-        for level in asked:  # what was made ahead for the other level must not be handed out
-            ((x, *_),), _ = batches.get(step, level)
-            hops = x[(x > trainer.task.query) & (x < trainer.task.answer)] - trainer.task.query
-            assert hops.max() == {1: 2, 2: 4, 3: 5}[train.passes_of(step, config, level)]
-            asked[level].add(int(hops.max()))
-    assert asked == {1: {2}, 3: {2, 4, 5}}
-    gsm = "--task gsm --preset tiny --pace --device cpu --N".split()  # op 1 to 3
-    assert train.parse_config([*gsm, "2", "--min-op", "2"]).pace
-    with pytest.raises(ValueError, match="begins with op 2: lower --min-op"):
-        train.parse_config([*gsm, "2", "--min-op", "3"])
-
-
-def test_train_pace_rises_when_mastered(tmp_path, monkeypatch):
-    """A level rises before eight batches with as many passes are right, beyond N, or for batches with fewer passes."""
-    trainer, rising = train.Trainer(config_of(DEPO, "--pace")), []
-    for right in [0.89] * 8 + [1.0] * 7 + [0.1] + [0.91] * 16:
-        trainer.grow_up(torch.tensor(right))
-        rising.append(trainer.level)
-    assert rising == [1] * 23 + [2] * 8 + [3]
-    monkeypatch.setattr(train, "MASTERED", 0.0)
-    config = config_of(DEPO, "--pace", "--steps", 60, "--out", tmp_path / "whole")
-    assert train.run(config) == 0
-    lines = read_log(tmp_path / "whole")
-    levels, passes = [1, *(line["level"] for line in lines)], [line["passes"] for line in lines]
-    assert sorted(levels) == levels and levels[-1] == 3
-    assert passes == [train.passes_of(step, config, level) for step, level in enumerate(levels[:-1])]
-    second, third = levels.index(2), levels.index(3)  # the first step that is made at a level
-    assert second == 8 and passes[second:third].count(2) == 8
-    assert read_log(tmp_path / "whole", "val")[-1]["scores"]["passes"] == 3  # it is judged at its N
-    part = config_of(DEPO, "--pace", "--steps", 60, "--out", tmp_path / "part")
-    with monkeypatch.context() as patch:
-        after_step(patch, (13,), lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        assert train.run(part) == 128 + signal.SIGTERM
-    part.resume = True
-    assert train.run(part) == 0
-    assert read_log(tmp_path / "part") == lines
 
 
 def test_train_in_two_stages(tmp_path, monkeypatch):
@@ -3183,9 +3112,9 @@ def test_train_in_two_stages(tmp_path, monkeypatch):
 def test_train_draws_N_for_every_step(tmp_path):
     """--random-N trains with other passes than drawn, leaves some out, or counts the FLOPs of others."""
     config = config_of(DEPO, "--random-N", "--out", tmp_path / "run")
-    drawn = [train.passes_of(step, config, 1) for step in range(300)]
+    drawn = [train.passes_of(step, config) for step in range(300)]
     assert {n: 70 <= drawn.count(n) <= 130 for n in set(drawn)} == {1: True, 2: True, 3: True}
-    assert drawn != [train.passes_of(step, config_of(DEPO, "--random-N", "--seed", 1), 1) for step in range(300)]
+    assert drawn != [train.passes_of(step, config_of(DEPO, "--random-N", "--seed", 1)) for step in range(300)]
     assert train.run(config) == 0
     lines = read_log(tmp_path / "run")
     assert [line["passes"] for line in lines] == drawn[:20]
@@ -3284,9 +3213,9 @@ def test_train_uses_each_split_for_what_it_is_for(tmp_path, monkeypatch):
     config, asked, original = config_of(RULE110, "--seed", 5, "--steps", 5, "--test-n", 24), [], Rule110.batch
     config.out = str(tmp_path / "run")
 
-    def batch(task, seed, split, s, B, level=None):
+    def batch(task, seed, split, s, B):
         asked.append((seed, split, B))
-        return original(task, seed, split, s, B, level)
+        return original(task, seed, split, s, B)
 
     monkeypatch.setattr(Rule110, "batch", batch)
     assert train.run(config) == 0
@@ -3306,7 +3235,7 @@ def test_train_seed_draws_weights_and_problems():
     def start(*flags):
         trainer = train.Trainer(config_of(DEPO, *flags))
         batches = train.Batches(trainer.task, trainer.config)
-        ((x, *_),), _ = batches.get(0, 1)
+        ((x, *_),), _ = batches.get(0)
         batches.close()
         return trainer.model.embedding.weight, x
 
@@ -3338,7 +3267,7 @@ def test_train_schedule_and_optimizers():
     trainer = train.Trainer(config)
     batches = train.Batches(trainer.task, config)
     for step in (0, 1):
-        trainer.train_step(*batches.get(step, 1))
+        trainer.train_step(*batches.get(step))
     batches.close()
     muon, adamw = ([group for group in o.param_groups] for o in trainer.optimizers)
     assert [(g["lr"], g["weight_decay"]) for g in muon] == [(pytest.approx(0.02 * 0.2), 0.3)]
@@ -3353,7 +3282,7 @@ def test_train_clips_the_gradient():
     """The gradient is not clipped at --clip, or its norm is logged as it is after clipping."""
     trainer = train.Trainer(config_of(DEPO, "--clip", 0.01))
     batches = train.Batches(trainer.task, trainer.config)
-    micro, count = batches.get(0, 1)
+    micro, count = batches.get(0)
     batches.close()
 
     def norm():
@@ -3949,7 +3878,7 @@ def test_public_gradients_reach_the_inserted_blocks(small_public, tmp_path, toke
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     batches = train.Batches(trainer.task, config)
     for step in range(2):
-        trainer.train_step(*batches.get(step, 1))
+        trainer.train_step(*batches.get(step))
     batches.close()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and {name.split(".")[1] for name in changed} == {"2", "4"}
@@ -4004,9 +3933,9 @@ def test_public_prepared_problems_hold_every_token(vocab_size, tmp_path, monkeyp
     """Ids beyond 65,535 (Qwen3.5 and Jet-Nemotron have them) wrap around on the disk, or a batch is another one."""
 
     class Task:
-        T, levels = 6, 1
+        T = 6
 
-        def batch(self, seed, split, s, B, level=None):
+        def batch(self, seed, split, s, B):
             seq = vocab_size - 1 - torch.arange(100 * s, 100 * s + 7 * B).view(B, 7)
             m = torch.zeros(B, 6, dtype=torch.bool)
             m[:, 2 : 4 + s % 2] = True
@@ -4093,7 +4022,7 @@ def test_train_presets_fit_their_task(task, preset):
     config.workers, config.batch = 0, 32 * config.accumulate
     batches = train.Batches(train.build_task(vars(config)), config)
     for step in range(3):
-        micro, count = batches.get(step, 1)
+        micro, count = batches.get(step)
         assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].heads and micro[0][3][-1].heads
 
 

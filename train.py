@@ -118,9 +118,6 @@ class Config:
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
     reinject: bool = flag(False, "every pass after the first sees the embedded tokens again, added to the features")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
-    pace: bool = flag(
-        False, "begin with 1 pass and a part 1/N of t, hops or op; one more of both when 90 % of tokens are right"
-    )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
     init_dir: str = flag(None, "its folder: config.json, *.safetensors and tokenizer.json")
@@ -228,7 +225,7 @@ def check_public(config, given):
     public = PRETRAINED[config.init_from]
     if config.task != "gsm":
         raise ValueError(f"--init-from reads text: use --task gsm, not {config.task}")
-    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions", "pace"}:
+    if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions"}:
         raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --init-from: leave one of them out")
     if not config.init_dir or not os.path.isdir(config.init_dir):
         download = f"hf download {public.repo} --local-dir FOLDER"
@@ -295,10 +292,6 @@ def check(config, given):
         raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are fractions of the steps: lower them")
     if not 0 <= config.workers <= 256:
         raise ValueError(f"--workers must be between 0 and 256, got {config.workers}")
-    if config.pace and (config.random_N or config.N == 1):
-        raise ValueError("--pace draws from 1 to N passes: use --N 2 or more, and leave --random-N out")
-    if config.pace and (config.min_op or config.op or 0) > math.ceil((config.op or 0) / config.N):
-        raise ValueError(f"--pace begins with op {math.ceil(config.op / config.N)}: lower --min-op to that")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch % (config.accumulate * ranks):
         raise ValueError(
@@ -648,23 +641,11 @@ def schedule(step, config):
     return min(1.0, rising, falling)
 
 
-MASTERED = 0.9  # --pace: the share of scored tokens, in training, after which one more pass is made
-
-
-def passes_of(step, config, level):
-    """N of a training step, a function of seed, step and level alone.
-
-    With --random-N it is drawn from 1..N. With --pace from 1..level, the level itself twice as often as each other.
-    """
-    if not (config.pace or config.random_N):
+def passes_of(step, config):
+    """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N."""
+    if not config.random_N:
         return config.N
-    rng = np.random.default_rng([config.seed, step])
-    return min(level, int(rng.integers(1, level + 2))) if config.pace else int(rng.integers(1, config.N + 1))
-
-
-def difficulty(n, config, hardest):
-    """The hardest problems (hops, t, op) of a training step of n passes: with --pace as large a part as n is of N."""
-    return math.ceil(hardest * n / config.N) if config.pace else hardest
+    return int(np.random.default_rng([config.seed, step]).integers(1, config.N + 1))
 
 
 def start_worker():
@@ -689,18 +670,15 @@ class Batches:
         self.pool = pool() if config.workers else ThreadPoolExecutor(1)
         self.ahead = {}
 
-    def _start(self, step, hardest):
-        return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch, hardest)
+    def _start(self, step):
+        return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch)
 
-    def get(self, step, level):
-        """The batch of one step, on the device; the next ones start being made. level: see passes_of."""
+    def get(self, step):
+        """The batch of one step, on the device; the next ones start being made."""
         wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
-        keys = [(s, difficulty(passes_of(s, self.config, level), self.config, self.task.levels)) for s in wanted]
-        for key in self.ahead.keys() - keys:  # made ahead at a lower level: a resumed run would not see it
-            self.ahead.pop(key).cancel()
         try:
-            self.ahead = {key: self.ahead.get(key) or self._start(*key) for key in keys}
-            tensors = self.ahead[keys[0]].result()
+            self.ahead = {s: self.ahead.get(s) or self._start(s) for s in wanted}
+            tensors = self.ahead[step].result()
         except BrokenProcessPool:
             raise ValueError(f"a worker died at step {step} (memory?): --resume with fewer --workers goes on") from None
         count = int(tensors[2].sum())
@@ -724,7 +702,7 @@ class PreparedProblems:
 
     def __init__(self, trainer):
         self.task, self.config = trainer.task, trainer.config
-        self.levels, self.path = self.task.levels, os.path.join(self.config.out, "problems.npy")
+        self.path = os.path.join(self.config.out, "problems.npy")
         self.batches = self.config.problems // self.config.batch
         self.shape = self.batches * self.config.batch, self.task.T + 3
         if trainer.rank == 0 and not os.path.exists(self.path):
@@ -753,7 +731,7 @@ class PreparedProblems:
             pool.shutdown(cancel_futures=True)
         os.replace(self.path + ".tmp", self.path)
 
-    def batch(self, seed, split, s, B, level=None):
+    def batch(self, seed, split, s, B):
         """Batch number s of training, as the task's own batch() with the run's seed and batch size."""
         rows = torch.from_numpy(self.ids[s % self.batches * B :][:B].astype(np.int64))
         seq, (start, stop) = rows[:, :-2], rows[:, -2:].T
@@ -811,7 +789,6 @@ class Trainer:
         choose_parameters(self.model, config)
         self.optimizers = make_optimizers(self.model, config)
         self.step, self.tokens, self.seconds, self.flops, self.costs = 0, 0, 0.0, 0, {}
-        self.level, self.at_level = 1, []  # --pace: the most passes so far, and the accuracies with that many
         algorithm = algorithm_of(self.model, dataclasses.asdict(config))
         algorithm.use_checkpoint = config.checkpoint
         self.plain_algorithm = algorithm
@@ -850,11 +827,8 @@ class Trainer:
         return self.graphs[key].replay(micro, count)
 
     def train_step(self, micro, count):
-        """One optimizer step. Returns device scalars: loss, accuracy, h_rms, S_rms, passes and grad_norm.
-
-        The host waits for none of them, but with --pace for eight accuracies at a time.
-        """
-        N = passes_of(self.step, self.config, self.level)
+        """One optimizer step. Returns device scalars (the host waits for none): loss, accuracy, norms, passes."""
+        N = passes_of(self.step, self.config)
         self.plain_algorithm.config = dataclasses.replace(self.plain_algorithm.config, N=N)
         gradients = self.gradients if self.graphs is None else self.replayed_gradients
         out = gradients(micro, count)
@@ -870,16 +844,7 @@ class Trainer:
             config = dataclasses.replace(self.config, N=N)
             self.costs[key] = flops_per_step(config, self.task, micro[0][3])
         self.flops += self.costs[key]
-        if self.config.pace and N == self.level < self.config.N:
-            self.grow_up(out["accuracy"])
         return out
-
-    def grow_up(self, accuracy):
-        """--pace: one more pass from now on, if the last eight batches with as many as yet were mastered."""
-        self.at_level.append(accuracy)
-        if len(self.at_level) == 8:  # reading the device makes the host wait: not at every step
-            self.level += float(torch.stack(self.at_level).mean()) >= MASTERED
-            self.at_level = []
 
     def first_step(self, micro, count):
         """train_step, but if the machine cannot compile (no C++ compiler, no Python headers), go on eagerly."""
@@ -896,7 +861,7 @@ class Trainer:
 
     def counters(self):
         """How far training is: for the log and for a checkpoint."""
-        return {name: getattr(self, name) for name in ("step", "tokens", "seconds", "flops", "level")}
+        return {name: getattr(self, name) for name in ("step", "tokens", "seconds", "flops")}
 
     def save(self, path):
         """Write a checkpoint under a temporary name, then rename: a crash leaves the old one whole. Rank 0 only."""
@@ -906,10 +871,9 @@ class Trainer:
             raise NonFinite(self.step, {"a weight": math.nan})
         tensors = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
         tensors |= {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
-        counters = self.counters() | {"at_level": [float(accuracy) for accuracy in self.at_level]}
         temporary = path + ".tmp"
         try:
-            torch.save({"format": 1, "config": dataclasses.asdict(self.config)} | counters | tensors, temporary)
+            torch.save({"format": 1, "config": dataclasses.asdict(self.config)} | self.counters() | tensors, temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             with contextlib.suppress(OSError):
@@ -930,7 +894,6 @@ class Trainer:
             torch.set_rng_state(saved["rng"])
             for name in self.counters():
                 setattr(self, name, saved[name])
-            self.at_level = [torch.tensor(accuracy, device=self.config.device) for accuracy in saved["at_level"]]
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path} lacks what a resume needs ({error}): start a new run") from None
 
@@ -1048,7 +1011,7 @@ def train_loop(trainer, batches, log, interrupts):
     step_fn = trainer.first_step
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
-        log.add(step_fn(*batches.get(trainer.step, trainer.level)))
+        log.add(step_fn(*batches.get(trainer.step)))
         step_fn = trainer.train_step
         minutes = (trainer.seconds - earlier + time.perf_counter() - started) / 60  # a resumed run has them anew
         reason = interrupts.reason_to_stop(config.minutes and minutes > config.minutes, config.device)
@@ -1200,10 +1163,6 @@ def finish(trainer, log):
     speed = f" ({1000 * per_step:.0f} ms per step, {rate / 1e9:,.0f} GFLOP/s)" if per_step else ""
     print(f"\ntraining time: {trainer.seconds / 60:.1f} min{speed}")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
-    if config.pace and trainer.level < config.N:
-        print(
-            f"passes:        no more than {trainer.level} of {config.N} were learned: train longer, or score with --N"
-        )
     print(f"next:          python eval.py {config.out}")
 
 
@@ -1225,7 +1184,7 @@ def announce(trainer):
     }
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
-    N = f"1 to {config.N}" if config.random_N or config.pace else config.N
+    N = f"1 to {config.N}" if config.random_N else config.N
     windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
     print(f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {N} times;")
     print(
