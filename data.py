@@ -28,6 +28,7 @@ Read next: kernels.py
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -1527,6 +1528,14 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_json(path, content):
+    """Write JSON under a temporary name, then rename: a crash leaves the old file whole."""
+    with open(path + ".tmp", "w") as f:
+        json.dump(content, f, indent=1)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
 
 
 def main():

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit
+from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, write_json
 from kernels import benchmark_table
 from model import PRETRAINED, Model, ModelConfig
 from sleep import (
@@ -504,14 +504,6 @@ def report(columns, args):
             comparison_table(rows, "scored_loss"),
         ]
     return "\n".join(lines)
-
-
-def write_json(path, content):
-    """Write JSON under a temporary name, then rename: a crash leaves the old file whole."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(content, f, indent=1)
-        f.write("\n")
-    os.replace(path + ".tmp", path)
 
 
 # -----------------------------------------------------------------------------

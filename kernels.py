@@ -29,7 +29,6 @@ Read next: model.py, and the rest of this file at the end
 import functools
 import gc
 import itertools
-import json
 import os
 import platform
 import sys
@@ -657,7 +656,8 @@ def benchmark_table(rows):
     groups = {}
     for row in rows:
         groups.setdefault((row["shape"], row["backward"], row["graph"]), {})[row["impl"]] = row
-    for (shape, backward, graph), found in groups.items():
+    for shape, backward, graph in sorted(groups, key=lambda key: (list(SHAPES).index(key[0]), *key[1:])):
+        found = groups[shape, backward, graph]
         what = ("forward + backward" if backward else "forward") + (", graph" if graph else "")
         cells = [f"{1e6 * r['median']:,.0f} ({r['ratio']:.1f})" if (r := found.get(i)) else "" for i in impls]
         floor = next(iter(found.values()))["floor"]
@@ -668,7 +668,7 @@ def benchmark_table(rows):
 
 def main():
     """Benchmark this machine: a Markdown table on stdout, everything in --json."""
-    from data import Parser, git_commit
+    from data import Parser, git_commit, write_json
 
     parser = Parser(description="Benchmark the delta rule: bfloat16 on a GPU, float32 on one thread of a CPU.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
@@ -686,17 +686,20 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth, flops = limits = machine_limits(device, dtype)
     found |= {"bandwidth": bandwidth, "flops": flops, "rows": []}
+    stopped = False
     try:
         for row in benchmark(device, dtype, args.shapes, limits):
             found["rows"].append(row)
             if args.json:  # after every row: what is measured is not lost
-                with open(args.json, "w") as f:
-                    json.dump(found, f, indent=1)
+                write_json(args.json, found)
     except KeyboardInterrupt:
+        stopped = True
         print("kernels.py: interrupted, here is what was measured", file=sys.stderr)
     print(f"{found['device']}: copies {bandwidth / 1e9:,.0f} GB/s, products {flops / 1e9:,.0f} GFLOP/s")
     print("Microseconds per call, in brackets the multiple of the floor.\n")
     print(benchmark_table(found["rows"]))
+    if stopped:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

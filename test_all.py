@@ -634,7 +634,7 @@ def test_kernel_benchmark_measures_every_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(tmp_path / "k.json")])
     kernels.main()
     found = json.loads((tmp_path / "k.json").read_text())
-    impls = ("recurrent", "torch", "triton")[: 3 if torch.cuda.is_available() else 2]
+    impls = ["recurrent", "torch"] + ["triton"] * torch.cuda.is_available()
     wanted = {(impl, backward) for impl in impls for backward in (False, True)}
     assert {(row["impl"], row["backward"]) for row in found["rows"]} >= wanted
     moved = 2 * 5 * 2 * ((2 * 16 + 2 * 8) * (2 if torch.cuda.is_available() else 4) + 8) + 2 * 4 * 2 * 2 * 16 * 8
@@ -655,8 +655,7 @@ def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(kernels, "benchmark", rows)
     monkeypatch.setattr(kernels, "machine_limits", lambda device, dtype: (1e9, 1e12))
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(out)])
-    kernels.main()
+    assert call(kernels.main, monkeypatch, ["--json", out]) == 130
     said = capsys.readouterr()
     assert "1,000,000 (2.0)" in said.out
     assert_one_line(said.err, "interrupted")
@@ -2206,7 +2205,7 @@ def test_eval_command_reports_runs(finished, tmp_path, monkeypatch, capsys):
         out = tmp_path / f"{task}.json"
         torch.set_num_threads(2)
         assert call(evaluation.main, monkeypatch, [finished[task], "--n", 16, "--N", 1, "--json", out]) == 0
-        assert torch.get_num_threads() == 1  # as in training, where more hurt
+        assert torch.get_num_threads() == 1  # as in training
         assert f"| {key} |" in capsys.readouterr().out
         (run,) = json.loads(out.read_text())["runs"]
         assert run["evaluated_N"] == 1 and {"accuracy", "n", "stderr", "uniform", "majority"} <= run["rows"][key].keys()
@@ -2689,7 +2688,7 @@ def test_eval_standard_error_and_headline():
     assert evaluation.headline(rows | {"first hops 1": {"accuracy": 0.0, "n": 3}}) == 0.75
 
 
-def test_eval_seeds_are_whole_and_different_runs(tmp_path):
+def test_eval_seeds_are_whole_and_different_runs():
     """An unfinished run is averaged with finished ones, or one run counts as two seeds."""
     runs = [run_of("a"), run_of("b", seed=1), run_of("c", seed=2) | {"step": 7}]
     columns = {header: [run["path"] for run in group] for header, group in evaluation.columns_of(runs).items()}
@@ -2774,7 +2773,7 @@ def test_eval_mistakes_show_what_was_wrong():
     assert evaluation.mistakes(task, x, y, m, y, 3) == "0 of 5 examples hold a mistake"
 
 
-def test_eval_chat_forgets(finished, monkeypatch, capsys):
+def test_eval_chat_forgets(finished):
     """/new keeps what was said before, or a question stays in the memory."""
     model, task, config, _ = evaluation.load_run(str(finished["depo"]), "cpu")
     talk = evaluation.Chat(model, task, config)
@@ -2878,7 +2877,7 @@ def test_train_resumes_with_other_flags_of_the_machine(tmp_path, monkeypatch):
     flags = f"{DEPO} --out {tmp_path}/run"
     after_step(monkeypatch, [10], lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     assert train.run(config_of(flags)) == 128 + signal.SIGTERM
-    changed = "--resume --accumulate 2 --checkpoint --workers 1 --log-every 5 --save-every 7 --eval-n 4 --minutes 9"
+    changed = "--resume --accumulate 2 --checkpoint --workers 1 --log-every 5 --save-every 7 --eval-n 4 --threads 2"
     assert train.run(config_of(flags, *changed.split())) == 0
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 20
 
@@ -3088,7 +3087,7 @@ def test_train_workers_make_the_same_batches():
             assert one[3] == other[3] and all(torch.equal(x, y) for x, y in zip(one[:3], other[:3]))
 
 
-def test_train_in_two_stages(tmp_path, monkeypatch):
+def test_train_in_two_stages(tmp_path):
     """The paper's warm-up: a frozen weight learns, a delta layer does not, or the second stage starts elsewhere."""
     first = ("--learn", "delta", "--weight-decay", "0.1", "--out", tmp_path / "first")
     before = train.Trainer(config_of(DEPO)).model.state_dict()
@@ -3269,7 +3268,7 @@ def test_train_schedule_and_optimizers():
     for step in (0, 1):
         trainer.train_step(*batches.get(step))
     batches.close()
-    muon, adamw = ([group for group in o.param_groups] for o in trainer.optimizers)
+    muon, adamw = (o.param_groups for o in trainer.optimizers)
     assert [(g["lr"], g["weight_decay"]) for g in muon] == [(pytest.approx(0.02 * 0.2), 0.3)]
     assert [(g["lr"], g["weight_decay"]) for g in adamw] == [(pytest.approx(0.003 * 0.2), 0)]
     names = {p: name for name, p in trainer.model.named_parameters()}
@@ -3306,6 +3305,16 @@ def test_train_minutes_stop_score_and_go_on(tmp_path, monkeypatch):
         result = json.loads((tmp_path / "run" / "result.json").read_text())
         assert (result["step"], result["seconds"]) == (steps, 10 * steps) and result["test"]["rows"]
         clock.now += 500  # scoring, and the night between two runs, are not training time
+
+
+def test_train_resume_refuses_a_flag_that_is_gone(finished, tmp_path):
+    """A run that grew its passes goes on with fixed ones and is then counted as a seed of those."""
+    config = config_of(DEPO, "--steps", 2)
+    saved = torch.load(finished["depo"] / "ckpt.pt", weights_only=True)
+    saved["config"]["pace"] = True
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="pace = True"):
+        train.Trainer(config).load(str(tmp_path / "ckpt.pt"))
 
 
 def test_train_killed_run_goes_on_without_a_trace(tmp_path, monkeypatch):
@@ -3357,24 +3366,30 @@ def test_train_resume_refuses_another_run(name, finished):
         trainer.load(str(finished["depo"] / "ckpt.pt"))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_train_peak_memory_is_in_mib():
     """The peak memory of a run is in another unit than its name says."""
-    kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    assert train.peak_memory("cpu") == pytest.approx(kib / 1024, rel=0.05)
+    held = torch.ones(2**28, dtype=torch.uint8)  # 256 MiB
+    assert held.numel() / 2**20 < train.peak_memory("cpu") < 2**16
 
 
-def test_train_threads_and_a_second_signal(tmp_path):
-    """--threads does nothing, or a second Ctrl-C does not end a run whose step hangs."""
+def test_train_uses_the_threads_it_is_given(tmp_path):
+    """--threads does nothing."""
     assert train.run(config_of(RULE110, "--steps", 1, "--threads", 2, "--out", tmp_path / "run")) == 0
     assert torch.get_num_threads() == 2
-    old = signal.getsignal(signal.SIGINT)
-    with train.Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.reason_to_stop(False, "cpu") == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+
+
+def test_train_second_signal_ends_a_run_that_hangs():
+    """A second Ctrl-C does not end a run whose step hangs, or the handlers stay when training is over."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
+    try:
+        with train.Interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is old
+            assert interrupts.reason_to_stop(False, "cpu") == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 # -----------------------------------------------------------------------------

@@ -44,10 +44,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit
+from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, write_json
 from eval import (
     BATCH,
     FREE,
+    LATER_FLAGS,
     algorithm_of,
     autocast,
     build_task,
@@ -60,7 +61,6 @@ from eval import (
     read_checkpoint,
     read_log,
     sleep_config,
-    write_json,
 )
 from kernels import pick_impl, why_not_triton
 from model import PRETRAINED, Model, ModelConfig, init_weights, rope_table
@@ -148,7 +148,7 @@ class Config:
     compile: bool = flag(True, "compile the blocks; --no-compile for eager")
     cuda_graph: bool = flag(True, "on one GPU: record forward and backward once and replay them")
     workers: int = flag(0, "processes that make batches; 0: a thread, enough for rule110 and depo")
-    threads: int = flag(1, "CPU threads; more than one slows models as small as tiny")
+    threads: int = flag(1, "CPU threads; more than one may stall models as small as tiny")
     out: str = flag(None, "run directory (default out/TASK-N<N>-s<SEED>)")
     resume: bool = flag(False, "go on from the checkpoint in the run directory")
 
@@ -670,14 +670,12 @@ class Batches:
         self.pool = pool() if config.workers else ThreadPoolExecutor(1)
         self.ahead = {}
 
-    def _start(self, step):
-        return self.pool.submit(self.task.batch, self.config.seed, "train", step, self.config.batch)
-
     def get(self, step):
         """The batch of one step, on the device; the next ones start being made."""
+        make = functools.partial(self.pool.submit, self.task.batch, self.config.seed, "train")
         wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
         try:
-            self.ahead = {s: self.ahead.get(s) or self._start(s) for s in wanted}
+            self.ahead = {s: self.ahead.get(s) or make(s, self.config.batch) for s in wanted}
             tensors = self.ahead[step].result()
         except BrokenProcessPool:
             raise ValueError(f"a worker died at step {step} (memory?): --resume with fewer --workers goes on") from None
@@ -883,7 +881,7 @@ class Trainer:
     def load(self, path):
         """Continue from a checkpoint of the same run. Raises ValueError if it is missing, damaged or foreign."""
         saved = read_checkpoint(path)
-        for name, value in dataclasses.asdict(self.config).items():
+        for name, value in (LATER_FLAGS | dataclasses.asdict(self.config)).items():  # flags that are gone too
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
                 raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use the flags of that run")
