@@ -119,7 +119,8 @@ FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulat
 # flags that older checkpoints do not know, with the values that describe what those runs did
 LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False)
 LATER_FLAGS |= dict(
-    pace=False,  # this and the next are flags that are gone: named, so that runs from before and after are one setting
+    # two flags that are gone: named, so that runs from before and after are one setting
+    pace=False,
     grow=0.0,
     init_from=None,
     init_dir=None,

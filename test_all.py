@@ -59,7 +59,7 @@ from sleep import (
 )
 
 HERE = Path(__file__).resolve().parent
-PICK_DEVICE = evaluation.pick_device  # tests put another in its place
+PICK_DEVICE = evaluation.pick_device  # the original: call() puts another in its place
 
 # -----------------------------------------------------------------------------
 # the yardstick
@@ -3307,16 +3307,6 @@ def test_train_minutes_stop_score_and_go_on(tmp_path, monkeypatch):
         clock.now += 500  # scoring, and the night between two runs, are not training time
 
 
-def test_train_resume_refuses_a_flag_that_is_gone(finished, tmp_path):
-    """A run that grew its passes goes on with fixed ones and is then counted as a seed of those."""
-    config = config_of(DEPO, "--steps", 2)
-    saved = torch.load(finished["depo"] / "ckpt.pt", weights_only=True)
-    saved["config"]["pace"] = True
-    torch.save(saved, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="pace = True"):
-        train.Trainer(config).load(str(tmp_path / "ckpt.pt"))
-
-
 def test_train_killed_run_goes_on_without_a_trace(tmp_path, monkeypatch):
     """After a crash behind the last checkpoint the log holds steps twice, or a line that was cut off stops the run."""
     flags = RULE110 + " --seed 3 --out"
@@ -3354,16 +3344,20 @@ def test_train_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("name", ("muon_lr", "adam_lr", "weight_decay", "steps", "batch", "evict", "reinject", "seed"))
-def test_train_resume_refuses_another_run(name, finished):
-    """A run goes on with another learning rate, schedule or sleep than it began with, and nobody is told."""
-    config = config_of(DEPO, "--steps", 2, "--out", finished["depo"], "--resume")
-    trainer = train.Trainer(config)
-    trainer.load(str(finished["depo"] / "ckpt.pt"))
-    value = getattr(config, name)
-    setattr(config, name, "all" if name == "evict" else not value if name == "reinject" else value * 2 + 1)
-    with pytest.raises(ValueError, match=f"{name} = {value}"):
-        trainer.load(str(finished["depo"] / "ckpt.pt"))
+OTHERS = ("muon_lr", "adam_lr", "weight_decay", "steps", "batch", "evict", "reinject", "seed", "pace")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_train_resume_refuses_another_run(name, finished, tmp_path):
+    """A run goes on with another learning rate, schedule or sleep than it began with, or without a flag that is gone."""
+    trainer, path = train.Trainer(config_of(DEPO, "--steps", 2)), str(finished["depo"] / "ckpt.pt")
+    trainer.load(path)
+    saved = torch.load(path, weights_only=True)
+    other = {"evict": "all", "reinject": True, "pace": True}.get(name) or saved["config"][name] * 2 + 1
+    saved["config"][name] = other
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=f"{name} = {other}"):
+        trainer.load(str(tmp_path / "ckpt.pt"))
 
 
 def test_train_peak_memory_is_in_mib():

@@ -881,7 +881,7 @@ class Trainer:
     def load(self, path):
         """Continue from a checkpoint of the same run. Raises ValueError if it is missing, damaged or foreign."""
         saved = read_checkpoint(path)
-        for name, value in (LATER_FLAGS | dataclasses.asdict(self.config)).items():  # flags that are gone too
+        for name, value in (LATER_FLAGS | dataclasses.asdict(self.config)).items():  # a flag that is gone was off
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
                 raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use the flags of that run")
