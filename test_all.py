@@ -3349,7 +3349,7 @@ OTHERS = ("muon_lr", "adam_lr", "weight_decay", "steps", "batch", "evict", "rein
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_train_resume_refuses_another_run(name, finished, tmp_path):
-    """A run goes on with another learning rate, schedule or sleep than it began with, or without a flag that is gone."""
+    """A run goes on with another learning rate, schedule or sleep than it began with; pace is a flag that is gone."""
     trainer, path = train.Trainer(config_of(DEPO, "--steps", 2)), str(finished["depo"] / "ckpt.pt")
     trainer.load(path)
     saved = torch.load(path, weights_only=True)
