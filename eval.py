@@ -711,7 +711,7 @@ def draw_paper(ax, runs, place, shift, field, colour):
 
 def plot(columns, path, problems):
     """
-    Draw learning curves and final scores to a PNG; for Depo at the paper's size also the loss, which the paper plots.
+    Draw learning curves and final scores to a PNG; for Depo also the loss, which the paper plots.
     problems: what the final scores are over, for the title, such as "2048 test problems".
     """
     plt = import_pyplot()
@@ -719,7 +719,7 @@ def plot(columns, path, problems):
     plt.rcParams.update({"grid.color": "#e5e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True})
     runs = [run for group in columns.values() for run in group]
     config = runs[0]["config"]
-    with_loss = config["task"] == "depo" and is_paper_setting(config)
+    with_loss = config["task"] == "depo"
     figure, axes = plt.subplots(1, 2 + with_loss, figsize=(9 + 4 * with_loss, 4.4), layout="constrained")
     # some model is scored in more than one way, or in another one than its learning curve
     again = len({run["path"] for run in runs}) < len(runs)

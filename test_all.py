@@ -2411,6 +2411,20 @@ def test_eval_any_row_name_will_do(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_eval_figure_of_depo_shows_the_loss(tmp_path):
+    """The figure of a reduced Depo has no panel for the loss, or another loss in it; Rule 110's has one."""
+    pytest.importorskip("matplotlib")
+    for task, key, panels in (("depo", "hops {}", 2), ("rule110", "t={} exact", 1)):
+        row = {"n": 8, "uniform": 0.1, "majority": 0.2, "loss": 3.0}
+        rows = {key.format(k): row | {"accuracy": 0.5 / k, "scored_loss": k / 2} for k in (1, 2)}
+        run = run_of("a", rows) | {"curve": {"tokens": [1, 2], "accuracy": [0.1, 0.5]}}
+        run["config"] |= {"task": task, "nodes": 12, "hops": 2, "queries": 8, "name_tokens": 1, "min_nodes": 8}
+        with mock.patch.object(evaluation, "draw_difficulty", wraps=evaluation.draw_difficulty) as drawn:
+            evaluation.plot({"N=4": [run]}, str(tmp_path / "a.png"), "8 problems")
+        drawn = [list(call.args[0].lines[0].get_ydata()) for call in drawn.mock_calls]
+        assert drawn == [[50, 25], [0.5, 1]][:panels]
+
+
 def test_train_in_development_shows_where_an_error_came_from(monkeypatch, capsys):
     """`python -X dev` hides the traceback of whoever changes the code, or everybody gets to see it."""
     assert call(train.main, monkeypatch, ["--N", "0"]) == 2
