@@ -1541,7 +1541,7 @@ def write_json(path, content):
 def main():
     """Read the command line and print three examples."""
     text = "Print three examples of a task; scored tokens stand in [brackets]."
-    parser = Parser(description=text, conflict_handler="resolve")  # tasks may share the name of a size
+    parser = Parser(description=text, conflict_handler="resolve")  # a new task may share the name of a size
     parser.add_argument("--task", choices=TASKS, default="rule110")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")

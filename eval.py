@@ -215,7 +215,7 @@ def read_log(path):
 # -----------------------------------------------------------------------------
 # evaluation
 
-BATCH = 256  # problems at a time on the command line; fixed, because a task's problems depend on the batch size
+BATCH = 256  # problems at a time, here and in training's scores; fixed: a task's problems depend on the batch size
 TOKENS_AT_ONCE = 2**16  # of them that the model sees at a time: long texts would not fit into a GPU's memory
 
 
@@ -572,7 +572,7 @@ def paper_points(run):
 
 
 def by_t(runs):
-    """Runs of one column, split by Rule 110's t: t (None for Depo) -> list over seeds."""
+    """Runs of one column, split by Rule 110's t: t (None for other tasks) -> list over seeds."""
     values = sorted({run["config"].get("t") for run in runs})
     return {t: [run for run in runs if run["config"].get("t") == t] for t in values}
 
@@ -1401,7 +1401,7 @@ def problems(args):
 
 
 def main():
-    """The command line: exit status 0 when done, 2 with one line on stderr for what the user can mend."""
+    """The command line: exit status 0 when done, 130 when interrupted, 2 with one line for what can be mended."""
     try:
         args = parse_args(sys.argv[1:])
         if args.table:
@@ -1421,7 +1421,7 @@ def main():
         print("eval.py: out of GPU memory: use --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("eval.py: interrupted, nothing was written", file=sys.stderr)
+        print("eval.py: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

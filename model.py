@@ -158,7 +158,7 @@ def attention_mask(T, past, window, causal, device):
 
 
 class Attention(nn.Module):
-    """Causal RoPE attention over the kept cache and the new tokens; grouped heads; q and k RMS-normalised per head.
+    """RoPE attention over the kept cache and the new tokens, causal if the mask is; grouped heads; norms on q and k.
 
     window: tokens that it sees, itself included; inf for all. Model makes the mask for it.
     """
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         past = 0 if state.k is None else state.k.shape[1]
         if past:
             k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)  # (B, P+T, n_kv_head, K)
-        cos, sin = rope  # (P+T, 1, K/2): positions count from the start of the kept cache
+        cos, sin = rope  # (P+T, 1, rope_dim/2): positions count from the start of the kept cache
         query, key = rotate(q, cos[past:], sin[past:]), rotate(k, cos, sin)
         o = F.scaled_dot_product_attention(
             query.transpose(1, 2),

@@ -29,8 +29,8 @@ class Chunk(NamedTuple):
     """Tokens start..stop-1 of the sequence.
 
     heads: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk. All,
-    or, where a quarter or less is scored, only so many that hold the scored ones (a power of two, so that few shapes
-    occur): with the vocabulary of a public checkpoint the head costs more than a block.
+    or, where that is a quarter of the chunk or less, only so many that hold the scored ones (a power of two from 8 on,
+    so that few shapes occur): with the vocabulary of a public checkpoint the head costs more than a block.
     """
 
     start: int
@@ -104,14 +104,15 @@ class SleepConfig:
         if not 0 <= self.tol < math.inf:
             raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
         if self.tol and self.loop:
-            raise ValueError("with tol any pass may be the last, so all blocks are looped: leave loop out")
+            raise ValueError("with tol any pass may be the last, so all blocks must be looped (no loop): leave tol out")
 
 
 def passes(pattern, config):
     """The block indices of each of N passes over a sleeping chunk, a list of lists.
 
     The first pass enters through the blocks before the looped ones (prelude), the last one leaves through those behind
-    (coda). Raises ValueError if the range does not fit the pattern, or if N > 1 and no delta block is looped.
+    (coda). Raises ValueError if the range does not fit the pattern, if there is no delta block, or if N > 1 and none
+    is looped.
     """
     first, last = config.loop or (0, len(pattern))
     if not 0 <= first < last <= len(pattern):
@@ -253,8 +254,8 @@ def watched(nights, state, on_pass):
 def until_settled(nights, state, tol):
     """not in the paper: each row keeps the state of its first pass that changes its S by no more than a fraction tol.
 
-    nights: from sleep_passes, asked for no more once all rows have settled; state: before the first pass. Returns as
-    sleep() does, without the eviction.
+    nights: from sleep_passes, asked for no more once all rows have settled; state: before the first pass. Returns the
+    features that entered the last pass, the state, nothing evicted, and how many passes each row slept, (B,) int64.
     """
     settled = None
     for fed_back, new in nights:

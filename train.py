@@ -77,7 +77,10 @@ def flag(default, text):
 
 @dataclass
 class Config:
-    """Everything that defines a run; every field is a flag. None: the preset decides, or the task does not have it."""
+    """Everything that defines a run; every field is a flag, and a preset sets what the command line does not.
+
+    None: left to the preset, not of this task, or not asked for.
+    """
 
     task: str = flag("depo", "rule110, depo or gsm")
     preset: str = flag(
@@ -109,7 +112,7 @@ class Config:
     d_model: int = flag(None, "width of the features")
     n_head: int = flag(None, "heads of both mixers")
     n_kv_head: int = flag(None, "key and value heads of attention (default n_head)")
-    d_mlp: int = flag(0, "width of the MLP (default 8/3 d_model)")
+    d_mlp: int = flag(0, "width of the MLP; 0: 8/3 d_model")
     conv: int = flag(4, "taps of the short convolution")
     rope_theta: float = flag(10000.0, "base of the rotary positions")
     positions: bool = flag(False, "learn positions inside a window, besides the rotary ones")
@@ -235,9 +238,13 @@ def check_public(config, given):
 def parse_config(argv):
     """Command line -> Config with everything resolved. Raises ValueError for contradictions."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    every_preset = itertools.chain(*(presets.values() for presets in (*PRESETS.values(), PRETRAINED_PRESETS)))
+    preset_fields = set().union(*every_preset)
     for f in dataclasses.fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        text += "" if f.default is None or isinstance(f.default, bool) else f" (default {f.default})"
+        if f.default is not None and not isinstance(f.default, bool):
+            beside = ", but for presets" if f.name in preset_fields else ""
+            text += f" (default {f.default}{beside})"
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -276,7 +283,7 @@ def check(config, given):
     counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head"
     for name in (*counts.split(), "d_model"):
         if not 1 <= getattr(config, name) < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, below 2^31, got {getattr(config, name)}")
     if config.problems is not None and (config.problems < 1 or config.problems % config.batch):
         raise ValueError(f"--problems {config.problems} must be a multiple of --batch {config.batch}")
     if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
@@ -285,7 +292,7 @@ def check(config, given):
     for name in "muon_lr adam_lr clip minutes".split():
         value = getattr(config, name)
         if value is not None and not 0 < value < 1e6:
-            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and below a million, got {value}")
     if not 0 <= config.weight_decay <= 1 / config.muon_lr:
         raise ValueError(f"--weight-decay must be between 0 and 1 / muon_lr, got {config.weight_decay}")
     if not (config.warmup >= 0 and config.decay >= 0 and config.warmup + config.decay <= 1):
@@ -678,7 +685,8 @@ class Batches:
             self.ahead = {s: self.ahead.get(s) or make(s, self.config.batch) for s in wanted}
             tensors = self.ahead[step].result()
         except BrokenProcessPool:
-            raise ValueError(f"a worker died at step {step} (memory?): --resume with fewer --workers goes on") from None
+            how = "use fewer --workers; --resume goes on if there is a checkpoint"
+            raise ValueError(f"a worker died at step {step} (memory?): {how}") from None
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
@@ -801,11 +809,12 @@ class Trainer:
         total, stats = 0, {}
         for i, (x, y, m, chunks) in enumerate(micro):
             last = i == len(micro) - 1
+            # the ranks exchange their gradients once, with those of the last micro-batch
             quiet = self.algorithm.no_sync() if self.ranks > 1 and not last else contextlib.nullcontext()
-            # every rank divides by the global count; DDP averages over ranks, so undo that
             with quiet:
                 with autocast(self.config.device):
                     loss, right, stats = self.algorithm(x, y, m, chunks)
+                # every rank divides by the global count; DDP averages over ranks, so undo that
                 (loss * (self.ranks / count)).backward()
             total = total + torch.stack((loss.detach(), right)) / count
         if self.ranks > 1:
@@ -884,7 +893,8 @@ class Trainer:
         for name, value in (LATER_FLAGS | dataclasses.asdict(self.config)).items():  # a flag that is gone was off
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
-                raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use the flags of that run")
+                how = "the flags" if hasattr(self.config, name) else "the commit"
+                raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use {how} of that run")
         try:
             load_weights(self.model, saved["model"], path)
             self.optimizers[0].load_state_dict(saved["muon"])
@@ -950,7 +960,7 @@ class Log:
 
 
 class NonFinite(Exception):
-    """The loss or the gradient became NaN or infinite at a step."""
+    """The loss, the gradient or a weight became NaN or infinite at a step."""
 
     def __init__(self, step, values):
         bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
@@ -1221,7 +1231,7 @@ def run(config):
 
 
 def main():
-    """Command line: exit status 0 when done, 2 for what the user can mend, 128 + signal when interrupted."""
+    """Command line: exit status 0 when done, 128 + signal when stopped in training, else 2 and one line on stderr."""
     try:
         status = run(parse_config(sys.argv[1:]))
     except ValueError as error:
@@ -1229,13 +1239,16 @@ def main():
             raise
         status = f"train.py: {error}"
     except OSError as error:  # a full disk, a run directory that was removed
+        if sys.flags.dev_mode:
+            raise
         status = f"train.py: {error}; a checkpoint, if there is one, is kept"
     except KeyboardInterrupt:
         status = "train.py: interrupted outside of training; --resume goes on if there is a checkpoint"
     except NonFinite as error:
         status = f"train.py: {error}; an earlier checkpoint, if any, is kept: lower --muon-lr, --adam-lr or --N"
     except torch.cuda.OutOfMemoryError:
-        status = "train.py: out of GPU memory: add --checkpoint, or raise --accumulate"
+        how = "add --checkpoint, raise --accumulate up to --batch, or lower --N or the length of the text"
+        status = f"train.py: out of GPU memory: {how}"
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = 2
