@@ -29,8 +29,8 @@ class Chunk(NamedTuple):
     """Tokens start..stop-1 of the sequence.
 
     heads: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk. All,
-    or, where that is a quarter of the chunk or less, only so many that hold the scored ones (a power of two from 8 on,
-    so that few shapes occur): with the vocabulary of a public checkpoint the head costs more than a block.
+    or a power of two from 8 on that holds the scored ones (so that few shapes occur), where that is a quarter of the
+    chunk or less: with the vocabulary of a public checkpoint the head costs more than a block.
     """
 
     start: int

@@ -243,7 +243,7 @@ def parse_config(argv):
     for f in dataclasses.fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is not None and not isinstance(f.default, bool):
-            beside = ", but for presets" if f.name in preset_fields else ""
+            beside = ", unless the preset sets it" if f.name in preset_fields else ""
             text += f" (default {f.default}{beside})"
         if f.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
@@ -283,7 +283,7 @@ def check(config, given):
     counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head"
     for name in (*counts.split(), "d_model"):
         if not 1 <= getattr(config, name) < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, below 2^31, got {getattr(config, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 to 2^31 - 1, got {getattr(config, name)}")
     if config.problems is not None and (config.problems < 1 or config.problems % config.batch):
         raise ValueError(f"--problems {config.problems} must be a multiple of --batch {config.batch}")
     if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
