@@ -3200,16 +3200,16 @@ def shell(*argv, **environment):
 @pytest.mark.parametrize("flags", [DEPO, ONE_BLOCK + " --compile"], ids=["eager", "compiled"])
 def test_train_two_processes_are_one(tmp_path, flags):
     """Under torchrun the ranks see the wrong rows, or gradients and losses are averaged with the wrong weights."""
-    flags = [*flags.split(), "--eval-every", 10]
+    flags += " --eval-every 10"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    shell(*launcher, "train.py", *flags, "--out", tmp_path / "two")
-    config = config_of(" ".join(map(str, flags)), "--out", tmp_path / "one")
+    shell(*launcher, "train.py", *flags.split(), "--out", tmp_path / "two")
+    config = config_of(flags, "--out", tmp_path / "one")
     try:
         assert train.run(config) == 0
     finally:
         torch._dynamo.reset()
         torch.compiler.set_stance("default")
-    if "--compile" in flags and not config.compile:
+    if " --compile" in flags and not config.compile:
         pytest.skip("no compiler on this machine")
     assert json.loads((tmp_path / "two" / "result.json").read_text())["config"]["compile"] == config.compile
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
@@ -4085,6 +4085,20 @@ def test_repository_readme_commands_are_accepted(monkeypatch):
     monkeypatch.setattr(evaluation, "import_pyplot", lambda: None)  # the README's install does not bring matplotlib
     for flags in judging:
         evaluation.parse_args(flags)
+
+
+def test_repository_predictions_for_a_gpu_are_those_of_the_code():
+    """The table of what waits for a GPU has FLOPs or minutes of other presets, or a command that is refused."""
+    for row in json.loads((HERE / "results" / "gpu_predicted.json").read_text())["rows"]:
+        flops = []
+        for N in row["N"].split(", "):
+            config = train.parse_config([*row["command"].strip("`").split()[2:], "--N", N])
+            task = train.build_task(vars(config))
+            chunks = split_chunks(task.batch(0, "train", 0, 4)[2], config.L)
+            flops.append(train.flops_per_step(config, task, chunks) * config.steps)
+        minutes = [f * (4 / 3 if config.checkpoint else 1) / (0.1 * 989e12) / 60 for f in flops]
+        assert row["pflop"] == " / ".join(f"{f / 1e15:,.0f}" for f in flops)
+        assert row["minutes"] == " / ".join(f"{m:,.0f}" for m in minutes)
 
 
 def test_repository_readme_tables_are_those_of_the_results():

@@ -238,8 +238,8 @@ def check_public(config, given):
 def parse_config(argv):
     """Command line -> Config with everything resolved. Raises ValueError for contradictions."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    every_preset = itertools.chain(*(presets.values() for presets in (*PRESETS.values(), PRETRAINED_PRESETS)))
-    preset_fields = set().union(*every_preset)
+    families = (*PRESETS.values(), PRETRAINED_PRESETS)
+    preset_fields = {name for presets in families for preset in presets.values() for name in preset}
     for f in dataclasses.fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is not None and not isinstance(f.default, bool):
