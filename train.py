@@ -189,7 +189,7 @@ PRESETS = {
                      d_mlp=64, positions=True, batch=128, steps=3000, decay=0.4, muon_lr=0.015, adam_lr=2e-3,
                      weight_decay=0.5, eval_every=200),
     },
-    "gsm": {
+    "gsm": {  # not in the paper: a model from scratch, so its size and number of steps
         "paper": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, pattern="ADADADADAD",
                       d_model=512, n_head=8, batch=256, accumulate=8, steps=10_000, muon_lr=1e-3, adam_lr=5e-5,
                       eval_every=500, test_n=1600, workers=12),
@@ -564,7 +564,8 @@ def choose_parameters(model, config):
 def make_optimizers(model, config):
     """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw].
 
-    not in the paper: weight decay, betas, and which parameters count as matrices (the gates do, convolutions do not).
+    not in the paper: weight decay, betas, Muon's momentum and Newton-Schulz steps (torch's), how its learning rate
+    depends on a matrix's shape, and which parameters count as matrices (the gates do, convolutions do not).
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
