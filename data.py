@@ -4,12 +4,13 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
     batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored
-    score(x, y, m, pred)                    what was answered right, one array per difficulty; a name holds its number,
-                                            and "first ..." and "... bit" repeat the questions of other names
+    score(x, y, m, pred)                    what was answered right, one array per difficulty, whose number stands in
+                                            its name; "first ..." and "... bit" count questions of others again
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
     decode(ids), encode(text)               text for people, and back
-    prompt, answer_tokens                   what asks for the answer after the context ("": a question does), its length
+    prompt                                  what is typed after the context to be answered ("": a question of one's own)
+    answer_tokens                           the length of an answer
     explain(x, y, m)                        one example, for people
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
@@ -28,6 +29,7 @@ Read next: kernels.py
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -63,7 +65,7 @@ def batch_rng(seed, split, s):
     """The random generator of batch number s of a split, independent of every other batch's."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-    return np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), s]))
+    return np.random.default_rng([seed, SPLITS.index(split), s])
 
 
 def sample_problems(draw, split, need):
@@ -575,17 +577,9 @@ LITERALS = [digits(k) for k in range(LARGEST_LITERAL + 1)]
 
 def numbers_in(ids):
     """The numbers that stand in a text before its solution or answer, a list of int. ids: a list of int."""
-    found, goes_on = [], False
-    for token in ids:
-        if token in (ANSWER, SOLUTION):
-            break
-        is_digit = ZERO <= token < ZERO + 10
-        if is_digit and goes_on:
-            found[-1] = 10 * found[-1] + token - ZERO
-        elif is_digit:
-            found.append(token - ZERO)
-        goes_on = is_digit
-    return found
+    text = itertools.takewhile(lambda token: token not in (ANSWER, SOLUTION), ids)
+    runs = itertools.groupby(text, lambda token: ZERO <= token < ZERO + 10)
+    return [number(run) for is_digit, run in runs if is_digit]
 
 
 class Dice:
@@ -874,11 +868,7 @@ def read_rhs(rhs):
     for kind in ("sum", "difference"):
         if rhs[i : i + 3] == JOINED[kind]:
             joined, i = kind, i + 3
-    refs, start = [], i
-    for j in range(i, len(rhs) + 1):
-        if j == len(rhs) or rhs[j] == AND:
-            refs.append(tuple(rhs[start:j]))
-            start = j + 1
+    refs = [tuple(run) for is_and, run in itertools.groupby(rhs[i:], lambda token: token == AND) if not is_and]
     return Fact(operation, k, joined, refs)
 
 
@@ -905,12 +895,11 @@ class Reading:
                     cut += 1
                 self.lines[tuple(text[first:cut])] = text[cut + 1 : i]
                 first = i + 1
-        given, self.given = question, None
-        what = question.index(ID["what"])
+        what, self.given = question.index(ID["what"]), None
         self.asked = tuple(question[what + 2 :])
-        if what:
-            cut = given.index(EQUALS)
-            self.given = tuple(given[1:cut]), number(given[cut + 1 : what - 1])
+        if what:  # if <name> equals <value>, what is <name>
+            cut = question.index(EQUALS)
+            self.given = tuple(question[1:cut]), number(question[cut + 1 : what - 1])
         self.needed, self.depths = {}, {}
         self._visit(self.given[0] if what else self.asked)
 
@@ -1024,7 +1013,7 @@ class Problem:
 
     def __init__(self, dice, op, hard, reverse):
         self.dice, self.op, self.hard = dice, op, hard
-        self.plan, self.sentences, self.origin = draw_plan(dice, op, hard), [], []
+        self.plan = draw_plan(dice, op, hard)
         root = self.plan.nodes[0]
         self.leaf = self._hide() if reverse else None
         self.possible = not reverse or self.leaf is not None
@@ -1043,8 +1032,7 @@ class Problem:
         """Give the question its words; returns the hash of its sentences."""
         names.taken = 0  # by an earlier problem that was rejected
         self.names, self.world = names, World(self.dice, names)
-        self.possible = self.world.settle(self.plan)
-        if not self.possible:
+        if not self.world.settle(self.plan):
             return None
         root = self.plan.nodes[0]
         self.sentences = [tokens for node in self.plan.nodes if (tokens := sentence(node))]
@@ -1140,6 +1128,15 @@ def one_of(rng, chunks):
     return chunks[rng.choice(len(sizes), p=sizes / sizes.sum())]
 
 
+def lay_out(rows, T, fill):
+    """(prompt, answer) pairs of token ids -> x, y, m (B, T): the answers are scored, `fill` follows them."""
+    seq, m = np.full((len(rows), T + 1), fill), np.zeros((len(rows), T), dtype=bool)
+    for row, (prompt, answer) in enumerate(rows):
+        seq[row, : len(prompt) + len(answer)] = prompt + answer
+        m[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+    return as_tensors(seq[:, :-1], seq[:, 1:], m)
+
+
 class GSMInfinite:
     """
     A word problem whose few necessary sentences stand among many of the same kind (paper section 3).
@@ -1171,7 +1168,7 @@ class GSMInfinite:
         hard or both. question: first or last. worked: write the solution before the answer and score it too.
         Where op is too small for reverse (below 3) or hard (below 4), "both" means the other one. Raises ValueError.
         """
-        self.op, self.min_op, self.min_length, self.max_length, self.L = op, min_op, min_length, max_length, L
+        self.op, self.min_op, self.min_length, self.max_length, self.L = op, min_op or op, min_length, max_length, L
         self.name_words, self.mode, self.difficulty = name_words, mode, difficulty
         self.question, self.worked = question, worked
         self._check()
@@ -1184,7 +1181,7 @@ class GSMInfinite:
 
     def _check(self):
         """Refuse sizes that make no sense."""
-        low = self.min_op or self.op
+        low = self.min_op
         choices = {"mode": ("forward", "reverse", "both"), "difficulty": ("medium", "hard", "both")}
         for flag, values in (choices | {"question": ("first", "last"), "name_words": (1, 2)}).items():
             if getattr(self, flag) not in values:
@@ -1232,9 +1229,8 @@ class GSMInfinite:
         dice, problems, seen = Dice(rng), [], set()
         # not in the paper: a batch with several chunks to choose from takes one, by how many lengths it holds
         low, high = one_of(rng, chunks or self.chunks)
-        least = self.min_op or self.op
         for length in rng.integers(low, high + 1, B).tolist():
-            op = least + dice.below(self.op - least + 1)
+            op = self.min_op + dice.below(self.op - self.min_op + 1)
             reverse = op >= REVERSE_FROM and (self.mode == "reverse" or self.mode == "both" and dice.chance(0.5))
             hard = op >= AVERAGES_FROM and (self.difficulty == "hard" or self.difficulty == "both" and dice.chance(0.5))
             names = Names(dice, length, self.name_words)
@@ -1252,18 +1248,14 @@ class GSMInfinite:
 
     def batch(self, seed, split, s, B):
         """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T)."""
-        rng = batch_rng(seed, split, s)
-        problems = self.draw(rng, split, B)
-        seq = np.full((B, self.T + 1), PAD)
-        m = np.zeros((B, self.T), dtype=bool)
-        for row, (problem, length) in enumerate(problems):
+        rng, rows = batch_rng(seed, split, s), []
+        for problem, _ in self.draw(rng, split, B):
             text = problem.text(rng, self.question)
             after = [ANSWER, *digits(problem.answer), END]
             if self.worked:
                 after = [SOLUTION, *(token for line in Reading(text).solve()[1] for token in line), *after]
-            seq[row, : length + len(after) - 1] = text + after
-            m[row, length - 1 : length + len(after) - 2] = True
-        return as_tensors(seq[:, :-1], seq[:, 1:], m)
+            rows.append((text + after[:1], after[1:]))
+        return lay_out(rows, self.T, PAD)
 
     def _read(self, ids):
         """A row of x, (T,) -> Reading of its prompt."""
@@ -1304,7 +1296,7 @@ class GSMInfinite:
     def by_op(self, x, values):
         """Sort one value per row by op. x: (B, T) tensor, values: (B,) -> dict of arrays."""
         op = self.measures(x)["op"]
-        return {f"op {i}": values[op == i] for i in range(self.min_op or self.op, self.op + 1)}
+        return {f"op {i}": values[op == i] for i in range(self.min_op, self.op + 1)}
 
     def _answers(self, x, y, m):
         """Where the answer's digits and <end> are predicted, bool (B, T), and the answers, int64 (B,)."""
@@ -1322,7 +1314,10 @@ class GSMInfinite:
 
     def losses(self, x, y, m, ce):
         """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
-        part, ce = self._answers(x, y, m)[0], ce.cpu().numpy()
+        return self.mean_losses(x, self._answers(x, y, m)[0], ce.cpu().numpy())
+
+    def mean_losses(self, x, part, ce):
+        """The mean of ce where `part`, arrays (B, T'), for each op of the problems x, as in losses."""
         total = self.by_op(x, np.where(part, ce, 0).sum(axis=1))
         count = self.by_op(x, part.sum(axis=1))
         return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
@@ -1436,11 +1431,7 @@ class GSMText:
             raise ValueError(
                 f"too few problems have {chunk[0]} to {chunk[1]} tokens: lower --min-length or raise --max-length"
             )
-        seq, m = np.full((B, self.T + 1), self.end), np.zeros((B, self.T), dtype=bool)
-        for row, (ids, answer) in enumerate(rows):
-            seq[row, : len(ids) + len(answer)] = ids + answer
-            m[row, len(ids) - 1 : len(ids) + len(answer) - 1] = True
-        return as_tensors(seq[:, :-1], seq[:, 1:], m)
+        return lay_out(rows, self.T, self.end)
 
     def _rows(self, rng, split, B, chunk, seen):
         """Up to B rows with a length in the chunk's range that were not seen before: lists of (ids, answer's ids)."""
@@ -1471,12 +1462,7 @@ class GSMText:
             text = self.decode(ids[: int(scored.nonzero()[0]) + 1]).removesuffix(self.prompt)
             answer = self.decode(target[scored]).replace(TEXT_END, "")
             rows.append((self.words.encode(text) + [ANSWER], [*digits(int(answer)), END]))
-        length = max(len(text) + len(answer) for text, answer in rows)
-        seq, scored = np.full((len(x), length), PAD), np.zeros((len(x), length - 1), dtype=bool)
-        for row, (text, answer) in enumerate(rows):
-            seq[row, : len(text) + len(answer)] = text + answer
-            scored[row, len(text) - 1 : len(text) + len(answer) - 1] = True
-        return as_tensors(seq[:, :-1], seq[:, 1:], scored)
+        return lay_out(rows, max(len(text) + len(answer) for text, answer in rows) - 1, PAD)
 
     def score(self, x, y, m, pred):
         """All four (B, T) -> {"op k": bool array}: is every scored token right, hence the answer exact?"""
@@ -1484,10 +1470,7 @@ class GSMText:
 
     def losses(self, x, y, m, ce):
         """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
-        own, m = self.own(x, y, m)[0], m.cpu()
-        total = self.words.by_op(own, (ce.cpu() * m).sum(1).numpy())
-        count = self.words.by_op(own, m.sum(1).numpy())
-        return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
+        return self.words.mean_losses(self.own(x, y, m)[0], *as_arrays(m, ce))
 
     def chance(self, x, y, m):
         """The same keys as score -> the accuracies of guessing, see GSMInfinite.chance."""

@@ -117,20 +117,11 @@ FREE = {"minutes", "device", "init_dir", "threads", "resume", "compile", "cuda_g
 FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulate"}
 
 # flags that older checkpoints do not know, with the values that describe what those runs did
-LATER_FLAGS = dict(evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False)
-LATER_FLAGS |= dict(
-    # two flags that are gone: named, so that runs from before and after are one setting
-    pace=False,
-    grow=0.0,
-    init_from=None,
-    init_dir=None,
-    problems=None,
-    start_from=None,
-    mode="both",
-    difficulty="both",
-    question="first",
-    worked=False,
-)
+LATER_FLAGS = dict(
+    evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False,
+    init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
+    worked=False, pace=False, grow=0.0,  # the last two are gone: named, so that runs from before and after are alike
+)  # fmt: skip
 
 
 def read_checkpoint(path):
@@ -175,7 +166,7 @@ def load_run(path, device):
     saved = read_checkpoint(file)
     config = saved["config"]
     try:
-        config["seed"]
+        config["seed"], config["steps"], config["threads"]  # read later, where a missing one has no message
         task = build_task(config)
         model = Model(model_config(config, task)).to(device)
         algorithm_of(model, config)
@@ -226,9 +217,9 @@ def sleep_config(config):
     return SleepConfig(config["N"], parse_loop(config["loop"]), keep, causal=causal, tol=tol, reinject=reinject)
 
 
-def algorithm_of(model, config):
+def algorithm_of(model, config, use_checkpoint=False):
     """Algorithm 1 as a run's flags (a dict) describe it. Raises ValueError where it does."""
-    return Algorithm1(model, sleep_config(config), answer_passes=config["answer_passes"])
+    return Algorithm1(model, sleep_config(config), use_checkpoint, config["answer_passes"])
 
 
 def predict(algorithm, task, split, L, n, seed, batch):
@@ -247,9 +238,7 @@ def predict(algorithm, task, split, L, n, seed, batch):
     try:
         # not inference_mode: the rotation tables that the model caches here must still be usable in training
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(device):
-            for s in tqdm(
-                range(-(-n // batch)), f"N={algorithm.config.N}", leave=False, disable=None
-            ):  # None: only on a terminal
+            for s in tqdm(range(-(-n // batch)), f"N={algorithm.config.N}", leave=False, disable=None):
                 x, y, m = (a[: n - s * batch] for a in task.batch(seed, split, s, batch))
                 chunks = split_chunks(m, L)
                 for part in zip(*(a.split(max(1, TOKENS_AT_ONCE // task.T)) for a in (x, y, m))):
@@ -273,9 +262,8 @@ def summarise(task, x, y, m, pred, ce, passes):
     """
     What `predict` returned -> {"rows", "loss", "examples", "passes"}, ready for JSON.
 
-    rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), the accuracies of
-    guessing of task.chance, and the losses of task.losses. A difficulty nobody asked for has no
-    row.
+    rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), and what task.chance
+    and task.losses say of it. A difficulty nobody asked for has no row.
     loss: mean cross-entropy per scored token, in nats. passes: per sleep, mean.
     """
     chance, losses, rows = task.chance(x, y, m), task.losses(x, y, m, ce), {}
@@ -373,11 +361,6 @@ def comparison_table(columns, field="accuracy"):
         line = [key, str(one["n"]), *(f"{100 * one[floor]:.1f}" for floor in floors)]
         table.append(line + [cell(rows, field, scale, digits) for rows in found.values()])
     return as_markdown(table)
-
-
-def markdown_table(rows):
-    """The rows of one run, as from `evaluate`, as a Markdown table: accuracy in percent, standard error, floors."""
-    return comparison_table({"accuracy": [rows]})
 
 
 # -----------------------------------------------------------------------------
@@ -594,17 +577,17 @@ def looks(columns):
     return result
 
 
-def draw_floors(ax, x, rows, keys, width):
-    """Dotted chance levels: one short line per key of rows around x, or one across where x is None."""
+def draw_floors(ax, rows, place=None):
+    """Dotted chance levels: a short line for each key of `place` (key -> x), or one across without it."""
     for floor, colour in (("uniform", "#9ca3af"), ("majority", "#111827"), ("literal", "#a16207")):
         if floor not in next(iter(rows.values())):
             continue
         label = f"{floor} guess"
-        if x is None:
+        if place is None:
             ax.axhline(100 * headline(rows, floor), color=colour, linestyle=":", linewidth=1.3, label=label)
             continue
-        levels = [100 * rows[key][floor] for key in keys]
-        ax.hlines(levels, np.subtract(x, width), np.add(x, width), color=colour, linestyle=":", lw=1.3, label=label)
+        x, levels = np.array(list(place.values())), [100 * rows[key][floor] for key in place]
+        ax.hlines(levels, x - 0.45, x + 0.45, color=colour, linestyle=":", lw=1.3, label=label)
 
 
 def draw_curves(ax, columns):
@@ -630,7 +613,7 @@ def draw_curves(ax, columns):
                 ax.plot(tokens, points[1], color=colour, **PAPER_STYLE)
     first = next(iter(columns.values()))[0]
     if not several_t and first["evaluated_t"] == first["config"].get("t"):
-        draw_floors(ax, None, first["rows"], None, None)
+        draw_floors(ax, first["rows"])
     names = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}
     what = names.get(first["config"]["task"], "all questions")
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
@@ -689,7 +672,7 @@ def draw_difficulty(ax, columns, field):
         ax.errorbar(x, mean, bars, color=colour, linestyle=dashes, lw=1.2, marker="o", markersize=5, label=header)
         draw_paper(ax, runs, place, shift, field, colour)
     if field == "accuracy":
-        draw_floors(ax, list(place.values()), merged, keys, 0.45)
+        draw_floors(ax, merged, place)
     numbers = [(re.search(r"\d+", key) or [key])[0] for key in keys]
     ax.set_xticks(list(place.values()), numbers)
     ax.set_xlim(-0.6, len(keys) - 0.4)
@@ -801,7 +784,7 @@ def measure_cost(model, config, Ns, tokens, device):
     the run's flags, a dict.
     """
     rows, L = [], config["L"]
-    ends = sorted({n for n in (10**k for k in range(3, 12)) if n < tokens} | {tokens})
+    ends = [10**k for k in range(3, 12) if 10**k < tokens] + [tokens]
     sleepers = [Sleeper(model, sleep_config(config | {"N": N}), L) for N in Ns]
     rng, seen = torch.Generator().manual_seed(0), 0
     with tqdm(total=tokens, unit="token", disable=None) as bar, autocast(device):
@@ -815,7 +798,7 @@ def measure_cost(model, config, Ns, tokens, device):
             for N, sleeper in zip(Ns, sleepers):
                 times = time_sleeper(sleeper, device)
                 times = {name: list(np.percentile(ms, (25, 50, 75))) for name, ms in times.items()}
-                size = {"state_bytes": sum(a.numel() * a.element_size() for a in state_tensors(sleeper.state))}
+                size = {"state_bytes": sum(a.nbytes for a in state_tensors(sleeper.state))}
                 rows.append({"N": N, "tokens": end, "ms": times, "cache_bytes": cache_bytes(model, end)} | size)
     return sorted(rows, key=lambda row: (row["N"], row["tokens"]))
 
@@ -844,11 +827,10 @@ def cost_table(rows):
         times = (f"{mid:.2f} ({low:.2f}-{high:.2f})" for low, mid, high in (row["ms"][name] for name in names))
         sizes = (f"{row[key] / 1024:,.0f} KiB" for key in ("state_bytes", "cache_bytes"))
         lines.append(f"| {row['N']} | {row['tokens']:,} | " + " | ".join((*times, *sizes)) + " |")
-    for what in ("per pass", "per tenfold past"):
-        found = [slopes(rows, name) for name in names]
-        if all(found):
-            text = " | ".join("{:+.3f} ± {:.3f}".format(*each[what]) for each in found)
-            lines.append(f"| {what} | | {text} | | |")
+    found = [slopes(rows, name) for name in names]
+    for what in found[0]:
+        text = " | ".join("{:+.3f} ± {:.3f}".format(*each[what]) for each in found)
+        lines.append(f"| {what} | | {text} | | |")
     return "\n".join(lines)
 
 
@@ -985,7 +967,7 @@ def probe_table(results):
     """The panels as Markdown; beside what the probe finds, what the commonest class would score."""
     lines = []
     for title, rows, columns, values in probe_panels(results):
-        floors = results[0]["floor"] if rows[0] in results[0]["floor"] and "probe" in title else {}
+        floors = results[0]["floor"] if "probe" in title else {}
         header = [f"{title}, after pass", *columns, *(["commonest"] if floors else [])]
         lines += ["", f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
         for row, line in zip(rows, values):
@@ -1158,8 +1140,6 @@ def read_results(path):
         raise ValueError(f"no file at {path}: give a results file that eval.py --json wrote") from None
     except (OSError, ValueError, TypeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
-    if not ("slopes" in saved or saved.get("runs") or saved.get("rows")):
-        raise ValueError(f"{path} is no results file: give one that eval.py --json wrote")
     return saved
 
 
@@ -1303,8 +1283,6 @@ def parse_args(argv):
     for name, least in {"n": 1, "seed": 0, "mistakes": 0, "tokens": 1}.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    for N, tol in itertools.product(args.N or [1], args.tol or [0.0]):
-        SleepConfig(N, tol=tol)
     for path in filter(None, (args.json, args.plot)):
         folder = os.path.dirname(path) or "."
         if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
@@ -1371,17 +1349,16 @@ def compare(args, loaded):
     """Score every run, print the tables, write the files. Raises ValueError or OSError for what a user can mend."""
     if args.t and loaded[0][1].name != "rule110":
         raise ValueError(f"--t is for Rule 110, {args.runs[0]} is {loaded[0][1].name}: leave --t out")
-    both = []
+    jobs = []
     for path, (model, task, config, progress) in zip(args.runs, loaded):
         tasks = [build_task(config | {"t": t}) for t in dict.fromkeys(args.t)] if args.t else [task]
-        several = itertools.product(tasks, settings_of(config, args))
-        both += [(path, (model, task, config, progress), *setting) for task, setting in several]
-    runs = [describe_run(*each) for each in both]
+        for task, (N, tol) in itertools.product(tasks, settings_of(config, args)):
+            algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
+            jobs.append((path, (model, task, config, progress), N, tol))
+    runs = [describe_run(*job) for job in jobs]
     columns = columns_of(runs)
-    for _, (model, _, config, _), N, tol in both:
-        algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
-    for entry, (_, one, _, _) in zip(runs, both):
-        score_run(entry, one, args)
+    for run, (_, one, _, _) in zip(runs, jobs):
+        score_run(run, one, args)
     print(report(columns, args))
     if args.json:
         write_json(args.json, problems(args) | where(args) | {"runs": runs})

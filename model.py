@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
     zero_centred: times 1 + weight instead.
     """
 
-    def __init__(self, dim, eps=1e-6, zero_centred=False):
+    def __init__(self, dim, eps, zero_centred=False):
         super().__init__()
         self.eps, self.zero_centred = eps, zero_centred
         self.weight = nn.Parameter(torch.empty(dim))
@@ -258,26 +258,26 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_head = config.d_model, config.value_heads
-        self.key_dim, self.value_dim, self.group = config.key_dim, config.value_dim, self.n_head // config.delta_heads
-        keys, values = config.delta_heads * self.key_dim, self.n_head * self.value_dim
+        d, self.heads = config.d_model, config.value_heads
+        self.key_dim, self.value_dim, self.group = config.key_dim, config.value_dim, self.heads // config.delta_heads
+        keys, values = config.delta_heads * self.key_dim, self.heads * self.value_dim
         self.q_proj = nn.Linear(d, keys, bias=False)
         self.k_proj = nn.Linear(d, keys, bias=False)
         self.v_proj = nn.Linear(d, values, bias=False)
         self.conv_q = NoConv() if config.dynamic_conv else ShortConv(keys, config.conv)
         self.conv_k = NoConv() if config.dynamic_conv else ShortConv(keys, config.conv)
         self.conv_v = DynamicConv(config, values) if config.dynamic_conv else ShortConv(values, config.conv)
-        self.a_proj = nn.Linear(d, self.n_head, bias=False)  # forget gate
-        self.b_proj = nn.Linear(d, self.n_head, bias=False)  # write gate
-        self.A_log = nn.Parameter(torch.empty(self.n_head))
-        self.dt_bias = nn.Parameter(torch.empty(self.n_head))
+        self.a_proj = nn.Linear(d, self.heads, bias=False)  # forget gate
+        self.b_proj = nn.Linear(d, self.heads, bias=False)  # write gate
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.gate_proj = nn.Linear(d, values, bias=False)
         self.norm = RMSNorm(self.value_dim, config.delta_norm_eps)
         self.out_proj = nn.Linear(values, d, bias=False)
 
     def S_shape(self, rows):
         """The shape of the fast weights of some rows: (B, H, K, V)."""
-        return rows, self.n_head, self.key_dim, self.value_dim
+        return rows, self.heads, self.key_dim, self.value_dim
 
     def zero_S(self, x):
         """S at the start of a sequence, (B, H, K, V), for features x (B, T, d_model).
@@ -303,13 +303,13 @@ class GatedDeltaNet(nn.Module):
         With write_only nothing is read: the output is None and only S is in the new state. That is the last write of a
         sleeping chunk, whose features nobody will see.
         """
-        heads = (*x.shape[:2], self.n_head, self.value_dim)
+        shape = (*x.shape[:2], self.heads, self.value_dim)
         history = state.conv or (None, None, None)
         write = self.k_proj, self.v_proj, self.a_proj, self.b_proj
         k, v, a, b, *read = project(x, *write, *(() if write_only else (self.q_proj, self.gate_proj)))
         k, history_k = self.conv_k(k, history[1], x)
         v, history_v = self.conv_v(v, history[2], x)
-        k, v = self.keys(k), v.view(heads)  # (B, T, H, K), (B, T, H, V)
+        k, v = self.keys(k), v.view(shape)  # (B, T, H, K), (B, T, H, V)
         g, beta = self.gates(a, b)
         if write_only:
             return None, LayerState(S=delta_rule(None, k, v, g, beta, state.S)[1])
@@ -317,7 +317,7 @@ class GatedDeltaNet(nn.Module):
         q, history_q = self.conv_q(q, history[0], x)
         q = self.keys(q) * self.key_dim**-0.5
         o, S = delta_rule(q, k, v, g, beta, state.S)
-        o = self.norm(o) * F.silu(gate).view(heads)
+        o = self.norm(o) * F.silu(gate).view(shape)
         return self.out_proj(o.flatten(2)), LayerState(S=S, conv=(history_q, history_k, history_v))
 
 
@@ -418,15 +418,15 @@ class Model(nn.Module):
         layers = range(len(self.layers)) if layers is None else layers
         state, T = list(state), h.shape[1]
         for i in layers:
-            if self.layers[i].attends:
+            block = self.layers[i]
+            if block.attends:
                 past = 0 if state[i].k is None else state[i].k.shape[1]
-                seen = min(self.layers[i].mixer.window, window)
-                mask = attention_mask(T, past, seen, causal, h.device)
-                h, state[i] = self.layers[i](h, state[i], self.rope(past + T, h), mask)
-                continue
-            if state[i].S is None:
-                state[i] = state[i]._replace(S=self.layers[i].mixer.zero_S(h))
-            h, state[i] = self.layers[i](h, state[i], write_only=write_only and i == layers[-1])
+                mask = attention_mask(T, past, min(block.mixer.window, window), causal, h.device)
+                h, state[i] = block(h, state[i], self.rope(past + T, h), mask)
+            else:
+                if state[i].S is None:
+                    state[i] = state[i]._replace(S=block.mixer.zero_S(h))
+                h, state[i] = block(h, state[i], write_only=write_only and i == layers[-1])
         return h, state
 
     def rope(self, length, h):

@@ -53,7 +53,7 @@ def split_chunks(m, L):
         scored = m[:, start:stop].sum(1)  # (B,)
         if scored.any() and ((scored == 0) & m[:, stop:].any(1)).any():  # a row that is finished only holds padding
             raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, others only later")
-        few = max(8, 2 ** math.ceil(math.log2(max(1, int(scored.max()))))) if scored.any() else 0
+        few = max(8, 1 << (int(scored.max()) - 1).bit_length()) if scored.any() else 0
         chunks.append(Chunk(start, stop, few if 4 * few <= stop - start else stop - start))
     while chunks and not chunks[-1].heads:
         chunks.pop()
@@ -140,16 +140,15 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
-    keep, embedded, old, state = config.keep, h, evict(state, config.keep), list(state)
+    keep, embedded, old = config.keep, h, state
     for n, layers in enumerate(passes(model.config.pattern, config), 1):
-        h = next_input(model, h, embedded, config) if n > 1 else h
-        fed_back = h
+        fed_back = next_input(model, h, embedded, config) if n > 1 else h
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
         # not in the paper: that the convolution's history is not kept between passes
         start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
         # under hard eviction the last pass ends with its last write to S
-        args = h, start, layers, n == config.N and not keep, window_of(keep), config.causal
+        args = fed_back, start, layers, n == config.N and not keep, window_of(keep), config.causal
         if use_checkpoint and torch.is_grad_enabled():
             # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
             h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
@@ -202,10 +201,10 @@ class Algorithm1(nn.Module):
             embedded = e = self.model.embed(x[:, start:stop])  # line 4
             if heads:
                 # line 10: one pass, still writing S; the cache is what the last eviction left
-                before = evict(state, self.config.keep)
                 for n in range(self.answer_passes):
                     e = next_input(self.model, e, embedded, self.config) if n else e
-                    e, state = self.model.blocks(e, before, window=window_of(self.config.keep))
+                    e, new = self.model.blocks(e, state, window=window_of(self.config.keep))
+                state = evict(new, self.config.keep)
                 where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
                 if heads < stop - start:
                     where = m[:, start:stop].int().topk(heads, 1).indices

@@ -53,9 +53,9 @@ from eval import (
     autocast,
     build_task,
     checkpoint_of,
+    comparison_table,
     evaluate,
     load_weights,
-    markdown_table,
     model_config,
     pick_device,
     read_checkpoint,
@@ -158,11 +158,7 @@ class Config:
 
 CHOICES = {
     "task": TASKS,
-    "preset": ("auto", "paper", "sliding", "demo", "small", "tiny"),
     "init_from": tuple(PRETRAINED),
-    "mode": ("forward", "reverse", "both"),
-    "difficulty": ("medium", "hard", "both"),
-    "question": ("first", "last"),
     "evict": EVICTIONS,
     "sleep_attention": ("causal", "full"),
     "learn": ("all", "delta"),
@@ -280,15 +276,18 @@ def check(config, given):
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
-    counts = "N L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head"
-    for name in (*counts.split(), "d_model"):
+    counts = (
+        "L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
+    )
+    for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 to 2^31 - 1, got {getattr(config, name)}")
     if config.problems is not None and (config.problems < 1 or config.problems % config.batch):
         raise ValueError(f"--problems {config.problems} must be a multiple of --batch {config.batch}")
-    if max(config.N, config.answer_passes) > 1000 or not 0 <= config.seed < 2**63:
-        given = f"--N {config.N}, --answer-passes {config.answer_passes}, --seed {config.seed}"
-        raise ValueError(f"{given}: use at most 1000 passes and a seed of 0 or more")
+    if config.answer_passes > 1000:
+        raise ValueError(f"--answer-passes must be at most 1000, got {config.answer_passes}")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must be 0 or more, got {config.seed}")
     for name in "muon_lr adam_lr clip minutes".split():
         value = getattr(config, name)
         if value is not None and not 0 < value < 1e6:
@@ -304,13 +303,12 @@ def check(config, given):
         raise ValueError(
             f"--batch {config.batch} must be a multiple of --accumulate x ranks, {config.accumulate} x {ranks}"
         )
-    task = build_task(dataclasses.asdict(config))
+    task = build_task(vars(config))
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
         split_chunks(task.batch(config.seed, split, 0, config.batch)[2], config.L)
-    with torch.device("meta"):
-        algorithm_of(Model(model_config(dataclasses.asdict(config), task)), dataclasses.asdict(config))
+    algorithm_of(empty_model(config, task), vars(config))
 
 
 # -----------------------------------------------------------------------------
@@ -538,18 +536,21 @@ def load_public(model, name, folder):
 # the parts of a step
 
 
+def empty_model(config, task):
+    """The model of a run, without its numbers."""
+    with torch.device("meta"):
+        return Model(model_config(vars(config), task))
+
+
 def build_model(config, task):
     """The model of a run on its device, with random weights or those of --init-from, and a line about the latter."""
-    architecture = model_config(dataclasses.asdict(config), task)
     if not config.init_from:
-        return Model(architecture).to(config.device), ""
-    with torch.device("meta"):
-        model = Model(architecture)
-    model.to_empty(device=config.device)
+        return Model(model_config(vars(config), task)).to(config.device), ""
+    model = empty_model(config, task).to_empty(device=config.device)
     model.tie()
-    for block, kind in zip(model.layers, architecture.pattern):
+    for block, kind in zip(model.layers, model.config.pattern):
         if kind == "d":
-            block.apply(functools.partial(init_weights, n_layer=len(architecture.pattern)))
+            block.apply(functools.partial(init_weights, n_layer=len(model.layers)))
     return model, "" if config.resume or config.start_from else load_public(model, config.init_from, config.init_dir)
 
 
@@ -569,10 +570,9 @@ def make_optimizers(model, config):
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         is_matrix = name.startswith("layers.") and name.endswith("_proj.weight")
-        (matrices if is_matrix else others).append(p)
+        if p.requires_grad:
+            (matrices if is_matrix else others).append(p)
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, lr=config.adam_lr, weight_decay=0.0, betas=(0.9, 0.95))
     return [muon, adamw]
@@ -595,7 +595,7 @@ def saved_bytes(run, held):
 
 def traced_bytes(config, task, rows, N):
     """What autograd keeps of one forward of some rows with N passes, in bytes, without computing anything."""
-    flags = dataclasses.asdict(config) | {"N": N}
+    flags = vars(config) | {"N": N}
     batch = task.batch(config.seed, "train", 0, rows)
     chunks = split_chunks(batch[2], config.L)
     half = torch.autocast("cpu", torch.bfloat16, enabled=config.device == "cuda")
@@ -619,8 +619,7 @@ def activation_bytes(config, task):
     if not config.checkpoint:
         return copies, one + (config.N - 1) * a_pass
     nights = task.context // config.L
-    with torch.device("meta"):
-        blocks = Model(model_config(dataclasses.asdict(config), task)).layers
+    blocks = empty_model(config, task).layers
     S = sum(math.prod(block.mixer.S_shape(1)) for block in blocks if not block.attends)
     fed = 4 * (S + config.L * config.d_model) * config.N * nights
     return copies, max(0, one - a_pass) + fed + a_pass // nights
@@ -630,8 +629,7 @@ def predicted_memory(config, task):
     """What training needs, in GiB: a dict of "weights", "gradients", "optimizers", "copies" (the weights' in bfloat16),
     "sequence" (activations of one) and "all". Temporary buffers and what the allocator wastes are not in it.
     """
-    with torch.device("meta"):
-        model = Model(model_config(dataclasses.asdict(config), task))
+    model = empty_model(config, task)
     choose_parameters(model, config)
     muon, adamw = make_optimizers(model, config)
     first, rest = (sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (muon, adamw))
@@ -663,6 +661,11 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def worker_pool(workers):
+    """Processes that make batches. spawn: a forked child of a process that uses CUDA or threads may hang."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+
+
 class Batches:
     """The training batches from some step on, made ahead of time; with several ranks, this rank's rows.
 
@@ -672,10 +675,7 @@ class Batches:
 
     def __init__(self, task, config, rank=0, ranks=1):
         self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, config.device
-        # spawn: a forked child of a process that uses CUDA or threads may hang
-        spawn = multiprocessing.get_context("spawn")
-        pool = functools.partial(ProcessPoolExecutor, config.workers, spawn, start_worker)
-        self.pool = pool() if config.workers else ThreadPoolExecutor(1)
+        self.pool = worker_pool(config.workers) if config.workers else ThreadPoolExecutor(1)
         self.ahead = {}
 
     def get(self, step):
@@ -722,7 +722,7 @@ class PreparedProblems:
 
     def _make(self):
         size = np.dtype(np.uint16 if self.task.vocab_size <= 2**16 else np.uint32)
-        pool = ProcessPoolExecutor(max(1, self.config.workers), multiprocessing.get_context("spawn"), start_worker)
+        pool = worker_pool(max(1, self.config.workers))
         make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
         try:
             with open(self.path + ".tmp", "wb") as f:
@@ -783,12 +783,20 @@ class CudaGraph:
         return {name: a.clone() for name, a in self.out.items()}  # the next replay overwrites them
 
 
+class NonFinite(Exception):
+    """The loss, the gradient or a weight became NaN or infinite at a step."""
+
+    def __init__(self, step, values):
+        bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
+        super().__init__(f"training diverged at step {step} ({bad})")
+
+
 class Trainer:
     """Model, optimizers and counters: everything a checkpoint holds, and the training step."""
 
     def __init__(self, config, rank=0, ranks=1):
         self.config, self.rank, self.ranks = config, rank, ranks
-        self.task = build_task(dataclasses.asdict(config))
+        self.task = build_task(vars(config))
         torch.manual_seed(config.seed)
         self.model, self.origin = build_model(config, self.task)
         if config.start_from and not config.resume:
@@ -796,10 +804,8 @@ class Trainer:
         choose_parameters(self.model, config)
         self.optimizers = make_optimizers(self.model, config)
         self.step, self.tokens, self.seconds, self.flops, self.costs = 0, 0, 0.0, 0, {}
-        algorithm = algorithm_of(self.model, dataclasses.asdict(config))
-        algorithm.use_checkpoint = config.checkpoint
-        self.plain_algorithm = algorithm
-        self.algorithm = DistributedDataParallel(algorithm) if ranks > 1 else algorithm
+        self.plain_algorithm = algorithm_of(self.model, vars(config), config.checkpoint)
+        self.algorithm = DistributedDataParallel(self.plain_algorithm) if ranks > 1 else self.plain_algorithm
         if config.compile:
             self.model.compile_blocks()
         self.graphs = {} if config.cuda_graph and config.device == "cuda" and ranks == 1 else None
@@ -809,10 +815,9 @@ class Trainer:
         """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch."""
         total, stats = 0, {}
         for i, (x, y, m, chunks) in enumerate(micro):
-            last = i == len(micro) - 1
             # the ranks exchange their gradients once, with those of the last micro-batch
-            quiet = self.algorithm.no_sync() if self.ranks > 1 and not last else contextlib.nullcontext()
-            with quiet:
+            quiet = self.ranks > 1 and i < len(micro) - 1
+            with self.algorithm.no_sync() if quiet else contextlib.nullcontext():
                 with autocast(self.config.device):
                     loss, right, stats = self.algorithm(x, y, m, chunks)
                 # every rank divides by the global count; DDP averages over ranks, so undo that
@@ -881,7 +886,7 @@ class Trainer:
         tensors |= {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
         temporary = path + ".tmp"
         try:
-            torch.save({"format": 1, "config": dataclasses.asdict(self.config)} | self.counters() | tensors, temporary)
+            torch.save({"format": 1, "config": vars(self.config)} | self.counters() | tensors, temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             with contextlib.suppress(OSError):
@@ -891,7 +896,7 @@ class Trainer:
     def load(self, path):
         """Continue from a checkpoint of the same run. Raises ValueError if it is missing, damaged or foreign."""
         saved = read_checkpoint(path)
-        for name, value in (LATER_FLAGS | dataclasses.asdict(self.config)).items():  # a flag that is gone was off
+        for name, value in (LATER_FLAGS | vars(self.config)).items():  # a flag that is gone was off
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
                 how = "the flags" if hasattr(self.config, name) else "the commit"
@@ -916,11 +921,10 @@ class Log:
 
     def __init__(self, trainer):
         self.active, self.trainer, self.pending = trainer.rank == 0, trainer, []
-        config, active = trainer.config, self.active
+        config, quiet = trainer.config, None if self.active else True  # None: only on a terminal
         self.path = os.path.join(config.out, "log.jsonl")
-        if active:
+        if self.active:
             self._drop_lines_after(trainer.step)
-        quiet = not active or not sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=trainer.step, disable=quiet, dynamic_ncols=True, smoothing=0.1)
 
     def _drop_lines_after(self, step):
@@ -937,8 +941,6 @@ class Log:
 
     def flush(self):
         """Read the pending scalars from the device, stop on NaN, write a line for the last step."""
-        if not self.pending:
-            return
         names = list(self.pending[0][1])
         rows = torch.stack([torch.stack([out[name].float() for name in names]) for _, out in self.pending]).tolist()
         for (step, _), row in zip(self.pending, rows):
@@ -948,9 +950,8 @@ class Log:
         self.pending = []
         trainer = self.trainer
         speed = trainer.tokens / max(trainer.seconds, 1e-9)
-        line = {"kind": "train"} | trainer.counters()
-        line |= values | {"lr": schedule(trainer.step - 1, trainer.config) * trainer.config.muon_lr}
-        self.write(line)
+        lr = schedule(trainer.step - 1, trainer.config) * trainer.config.muon_lr
+        self.write({"kind": "train"} | trainer.counters() | values | {"lr": lr})
         self.bar.set_postfix_str(f"loss {values['loss']:.3f} acc {values['accuracy']:.3f} {speed:,.0f} tok/s")
 
     def write(self, line):
@@ -958,14 +959,6 @@ class Log:
         if self.active:
             with open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
-
-
-class NonFinite(Exception):
-    """The loss, the gradient or a weight became NaN or infinite at a step."""
-
-    def __init__(self, step, values):
-        bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
-        super().__init__(f"training diverged at step {step} ({bad})")
 
 
 TIME_IS_UP = 1000  # above every signal number
@@ -1043,7 +1036,7 @@ def train_loop(trainer, batches, log, interrupts):
 def scores(trainer, split, n):
     """eval.evaluate with this run's task, N and window. The problems do not depend on the run's seed or batch size."""
     config = trainer.config
-    algorithm = algorithm_of(trainer.model, dataclasses.asdict(config))
+    algorithm = algorithm_of(trainer.model, vars(config))
     return evaluate(algorithm, trainer.task, split, config.L, n, 0, BATCH)
 
 
@@ -1087,10 +1080,7 @@ def flops_per_step(config, task, chunks):
     Model FLOPs of one training step with N passes over these chunks (see split_chunks): forward, and twice that for the
     backward. Recomputation does not count.
     """
-    flags = dataclasses.asdict(config)
-    rules = sleep_config(flags)
-    with torch.device("meta"):
-        model = Model(model_config(flags, task))
+    rules, model = sleep_config(vars(config)), empty_model(config, task)
     pattern, layers = model.config.pattern, model.layers
     total = 0
     for start, stop, heads in chunks:
@@ -1110,7 +1100,7 @@ def provenance(trainer):
     config = trainer.config
     chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, 1)[2], config.L)
     return {
-        "config": dataclasses.asdict(config),
+        "config": vars(config),
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "commit": git_commit(),
         "device": device_name(config),
@@ -1168,7 +1158,7 @@ def finish(trainer, log):
     write_json(os.path.join(config.out, "result.json"), result)
     log.bar.close()
     print(f"\n{config.test_n} problems never seen in training:\n")
-    print(markdown_table(test["rows"]))
+    print(comparison_table({"accuracy": [test["rows"]]}))
     speed = f" ({1000 * per_step:.0f} ms per step, {rate / 1e9:,.0f} GFLOP/s)" if per_step else ""
     print(f"\ntraining time: {trainer.seconds / 60:.1f} min{speed}")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
@@ -1188,9 +1178,7 @@ def announce(trainer):
         sizes = predicted_memory(config, trainer.task)
         print(trainer.origin or f"{config.init_from}, going on from {config.start_from or config.out}")
         print("memory in GiB, predicted: " + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items()))
-    shown = {
-        k: v for k, v in dataclasses.asdict(config).items() if v is not None and k not in ("preset", "device", "out")
-    }
+    shown = {k: v for k, v in vars(config).items() if v is not None and k not in ("preset", "device", "out")}
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
     N = f"1 to {config.N}" if config.random_N else config.N
@@ -1247,7 +1235,7 @@ def main():
         status = "train.py: interrupted outside of training; --resume goes on if there is a checkpoint"
     except NonFinite as error:
         status = f"train.py: {error}; an earlier checkpoint, if any, is kept: lower --muon-lr, --adam-lr or --N"
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         how = "add --checkpoint, raise --accumulate up to --batch, or lower --N or the length of the text"
         status = f"train.py: out of GPU memory: {how}"
     if isinstance(status, str):
