@@ -70,8 +70,8 @@ def delta_rule(q, k, v, g, beta, S, impl="auto"):
         raise ValueError(f"S {tuple(S.shape)} or q does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
     if impl == "auto":
         impl = pick_impl(k, v)
-    elif impl == "triton" and why_not_triton(k, v):
-        raise ValueError(f"impl='triton' is not possible here: {why_not_triton(k, v)}")
+    elif impl == "triton" and (reason := why_not_triton(k, v)):
+        raise ValueError(f"impl='triton' is not possible here: {reason}")
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
     # plain PyTorch computes in float32; Triton rounds only the operands of its products to v's dtype
@@ -185,7 +185,8 @@ class _UnitLowerInverse(torch.autograd.Function):
 # products in the inputs' dtype, but for the inverse. Tokens past T load as zeros: no key, no write, no decay, and so
 # they change nothing.
 #
-# Backward, with dO and the gradient dS of the state that leaves the chunk (W = dO E', Z = dR E', lower triangles only):
+# Backward, with dO and the gradient dS of the state that leaves the chunk; of W = dO E' and Z = dR E' only the lower
+# triangles count, Z's without its diagonal:
 #
 #     dU = P' dO + exp(gc_C - gc) (K dS)         P = decay * Q K'
 #     dR = inverse' (beta dU)                    and dV = dR
@@ -557,7 +558,7 @@ def peer():
 
 
 def floor_seconds(shape, itemsize, backward, bandwidth, flops):
-    """The least time for one call: every input read and output written once, or the products of the recurrence."""
+    """The least time for one call: to read every input and write every output once, or, if longer, for the products."""
     B, T, H, K, V = shape
     tokens, states = B * T * H, 4 * B * H * K * V
     moved = tokens * (itemsize * (2 * K + 2 * V) + 8) + 2 * states
