@@ -59,7 +59,8 @@ def delta_rule(q, k, v, g, beta, S, impl="auto"):
     S:       (B, H, K, V) fast weights, same dtype as g
     impl:    "recurrent" (the definition), "torch" (chunked), "triton" (a GPU's), or "auto": see pick_impl
     returns  o (B, T, H, V) in v's dtype, and the new S. Differentiable in every input, S included.
-    raises   ValueError if T < 1, if the shapes do not belong together, for an unknown impl, or if Triton cannot run it.
+    raises   ValueError if T < 1, if shapes or dtypes do not belong together, for an unknown impl, or if Triton cannot
+             run it.
     """
     B, T, H, K = k.shape
     if T < 1 or v.shape[:3] != (B, T, H) or g.shape != (B, T, H) or beta.shape != (B, T, H):
@@ -68,6 +69,9 @@ def delta_rule(q, k, v, g, beta, S, impl="auto"):
         )
     if S.shape != (B, H, K, v.shape[-1]) or (q is not None and q.shape != k.shape):
         raise ValueError(f"S {tuple(S.shape)} or q does not fit k {tuple(k.shape)} and v {tuple(v.shape)}")
+    exact = torch.promote_types(v.dtype, torch.float32)
+    if not g.dtype == beta.dtype == S.dtype == exact:
+        raise ValueError(f"g {g.dtype}, beta {beta.dtype} and S {S.dtype} must be {exact} where v is {v.dtype}")
     if impl == "auto":
         impl = pick_impl(k, v)
     elif impl == "triton" and (reason := why_not_triton(k, v)):
@@ -75,7 +79,7 @@ def delta_rule(q, k, v, g, beta, S, impl="auto"):
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
     # plain PyTorch computes in float32; Triton rounds only the operands of its products to v's dtype
-    dtype = v.dtype if impl == "triton" else torch.promote_types(v.dtype, torch.float32)
+    dtype = v.dtype if impl == "triton" else exact
     q = None if q is None else q.to(dtype)
     with torch.autocast(v.device.type, enabled=False):  # autocast would turn these products back into bfloat16
         o, S = IMPLEMENTATIONS[impl](q, k.to(dtype), v.to(dtype), g, beta, S)

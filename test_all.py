@@ -406,12 +406,15 @@ def test_kernel_ignores_autocast(impl):
         {"beta": torch.rand(2, 7, 1)},
         {"v": torch.randn(2, 6, 2, 5)},
         {"q": torch.randn(2, 7, 2, 5)},
+        {"g": -torch.rand(2, 7, 2).bfloat16()},
+        {"beta": torch.rand(2, 7, 2).double()},
+        {"S": torch.randn(2, 2, 8, 5).half()},
         {name: torch.randn(2, 0, 2, *rest) for name, rest in dict(q=(8,), k=(8,), v=(5,), g=(), beta=()).items()},
     ),
-    ids=lambda wrong: "-".join(wrong),
+    ids=lambda wrong: "-".join(f"{name} {getattr(value, 'dtype', value)}" for name, value in wrong.items()),
 )
 def test_kernel_refuses_what_does_not_fit(wrong):
-    """Wrong shapes are broadcast in silence."""
+    """Wrong shapes are broadcast, or gates and fast weights rounded, in silence."""
     with pytest.raises(ValueError):
         delta_rule(**kernel_inputs(7, dtype=torch.float32) | wrong)
 
@@ -2789,7 +2792,7 @@ BAD_FLAGS = {
     "N=0": ("--N 0", "N must be"),
     "negative N": ("--N -1", "N must be"),
     "window that does not divide": ("--L 13", "--L 13"),
-    "window too short for the questions": ("--L 2", "rows disagree"),
+    "window too short for the questions": ("--L 2", "--L 2"),
     "hops above nodes": ("--hops 7", "hops"),
     "two nodes": ("--nodes 2", "--nodes"),
     "more queries than nodes": ("--queries 7", "--queries"),

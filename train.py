@@ -307,7 +307,11 @@ def check(config, given):
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
-        split_chunks(task.batch(config.seed, split, 0, config.batch)[2], config.L)
+        m = task.batch(config.seed, split, 0, config.batch)[2]
+        try:
+            split_chunks(m, config.L)
+        except ValueError as error:
+            raise ValueError(f"--L {config.L} does not fit the questions: {error}") from None
     algorithm_of(empty_model(config, task), vars(config))
 
 
