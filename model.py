@@ -293,7 +293,7 @@ class GatedDeltaNet(nn.Module):
         return x if self.group == 1 else x.repeat_interleave(self.group, 2)
 
     def gates(self, a, b):
-        """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H) and at least float32."""
+        """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H), in the weights' dtype."""
         a, b = a.to(self.A_log.dtype), b.to(self.A_log.dtype)
         return -self.A_log.exp() * F.softplus(a + self.dt_bias), torch.sigmoid(b)
 

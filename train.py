@@ -276,16 +276,14 @@ def check(config, given):
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
-    counts = (
-        "L answer_passes steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
-    )
+    counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 to 2^31 - 1, got {getattr(config, name)}")
     if config.problems is not None and (config.problems < 1 or config.problems % config.batch):
         raise ValueError(f"--problems {config.problems} must be a multiple of --batch {config.batch}")
-    if config.answer_passes > 1000:
-        raise ValueError(f"--answer-passes must be at most 1000, got {config.answer_passes}")
+    if not 1 <= config.answer_passes <= 1000:
+        raise ValueError(f"--answer-passes must be 1 to 1000, got {config.answer_passes}")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must be 0 or more, got {config.seed}")
     for name in "muon_lr adam_lr clip minutes".split():
