@@ -4,13 +4,13 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
     batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored
-    score(x, y, m, pred)                    what was answered right, one array per difficulty, whose number stands in
-                                            its name; "first ..." and "... bit" count questions of others again
+    score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ..."
+                                            and "... bit" repeat questions that stand under other names
     losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
     chance(x, y, m)                         what guessing scores on the same labels
     decode(ids), encode(text)               text for people, and back
-    prompt                                  what is typed after the context to be answered ("": a question of one's own)
-    answer_tokens                           the length of an answer
+    prompt                                  what follows the context to make the model answer ("": the user's question)
+    answer_tokens                           how many tokens an answer has at most
     explain(x, y, m)                        one example, for people
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
