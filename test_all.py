@@ -3894,9 +3894,13 @@ def test_repository_programs_print_their_help(program, monkeypatch, capsys):
     assert "options:" in capsys.readouterr().out
 
 
-def test_repository_readme_commands_are_accepted(monkeypatch):
-    """The README shows a command that the programs refuse."""
-    commands = re.findall(r"^(?:.*&& )?((?:python|torchrun) .*?)(?:  .*)?$", (HERE / "README.md").read_text(), re.M)
+PAGES = ("README.md", "results/README.md")
+
+
+def test_repository_pages_commands_are_accepted(monkeypatch):
+    """A page shows a command that the programs refuse."""
+    text = "\n".join((HERE / page).read_text() for page in PAGES)
+    commands = re.findall(r"^(?:.*&& )?((?:python|torchrun) .*?)(?:  .*)?$", text, re.M)
     words = [shlex.split(command.replace("FILE", "file")) for command in commands]
     training = [w[w.index("train.py") + 1 :] for w in words if "train.py" in w]
     judging = [w[2:] for w in words if w[1] == "eval.py"]
@@ -3925,8 +3929,21 @@ def test_repository_predictions_for_a_gpu_are_those_of_the_code():
         assert row["minutes"] == " / ".join(f"{m:,.0f}" for m in minutes)
 
 
-def test_repository_readme_tables_are_those_of_the_results():
-    """A number in the README was typed by hand, or its results file has changed since."""
-    text = (HERE / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_repository_pages_tables_are_those_of_the_results(page):
+    """A number in a table was typed by hand, or its results file has changed since."""
+    text = (HERE / page).read_text()
     assert len(re.findall("^<!-- python eval.py --table ", text, re.M)) >= 3
-    assert evaluation.renewed_tables(str(HERE / "README.md")) == text
+    assert evaluation.renewed_tables(str(HERE / page)) == text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_repository_pages_links_lead_somewhere(page):
+    """A link points to a file or a heading that is not there."""
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", (HERE / page).read_text()):
+        path, _, anchor = link.partition("#")
+        target = (HERE / page).parent / path if path else HERE / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall("^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
