@@ -35,6 +35,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -1549,10 +1550,13 @@ def main():
         x, y, m = task.batch(args.seed, args.split, 0, 3)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{task.name}: {task.context} tokens of context, {task.T} in all, vocabulary {task.vocab_size}")
+    lines = [f"{task.name}: {task.context} tokens of context, {task.T} in all, vocabulary {task.vocab_size}"]
     for i in range(3):
-        print(f"\n{args.split} example {i + 1}, scored tokens in [brackets]")
-        print("\n".join(task.explain(x[i], y[i], m[i])))
+        lines += ["", f"{args.split} example {i + 1}, scored tokens in [brackets]", *task.explain(x[i], y[i], m[i])]
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1982,6 +1982,15 @@ def test_data_examples_can_be_checked_by_hand(name, monkeypatch, capsys):
             assert all(spelled[a] == b for a, b in zip(walk, walk[1:]))
 
 
+def test_data_examples_may_be_cut_off():
+    """`python data.py | head` ends in a traceback once head has seen enough."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "data.py"], cwd=HERE, stdout=writing, stderr=subprocess.PIPE, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_data_depo_names_are_short_and_long():
     """All names have one length, so that reading them is no matter of counting."""
     long = data.draw_names(np.random.default_rng(0), 2000, 3, 2) >= 50
