@@ -2,16 +2,19 @@
 What the model is asked: three synthetic memory tasks, generated on the fly with numpy.
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
-a vocabulary size, a `context` length (what must be remembered), a sequence length `T`, and
-    batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored
+a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (how many tokens must be remembered, a
+multiple of the window L), `T` (tokens in every row), and
+    batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored; the first that
+                                            is scored lies in the same window in every row
     score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ..."
                                             and "... bit" repeat questions that stand under other names
-    losses(x, y, m, ce)                     the mean cross-entropy of the answers to the same questions
-    chance(x, y, m)                         what guessing scores on the same labels
-    decode(ids), encode(text)               text for people, and back
-    prompt                                  what follows the context to make the model answer ("": the user's question)
-    answer_tokens                           how many tokens an answer has at most
+    losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}
+    chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..}
+    decode(ids)                             text for people
     explain(x, y, m)                        one example, for people
+and for some purposes
+    encode(text), prompt, answer_tokens     for a chat: text to ids, what follows the context to make the model answer
+                                            ("": the user's question), and how many tokens an answer has at most
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, write_json
 from kernels import benchmark_table
-from model import PRETRAINED, Model, ModelConfig
+from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig
 from sleep import (
     Algorithm1,
     SleepConfig,
@@ -753,7 +753,7 @@ def time_sleeper(sleeper, device):
     sleep: over a full window, and over one token. first: the first token of an answer to a question of one token, with
     an empty window and with a full one; next: the next one, which has the window in its cache.
     """
-    model, keep, L = sleeper.model, sleeper.config.keep, sleeper.L
+    model, config, L = sleeper.model, sleeper.config, sleeper.L
     ids = torch.randint(model.config.vocab_size, (1, L), device=sleeper.window.device)
     state, times = sleeper.state, {}
     with torch.no_grad():
@@ -761,10 +761,10 @@ def time_sleeper(sleeper, device):
             h = model.embed(x)
             times[name] = milliseconds(lambda h=h: sleep(model, h, state, sleeper.config), device)
         for name, x in {"empty": ids[:, :1], "full": ids}.items():
-            times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, keep), device)
+            times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, config), device)
         for name, past in {"empty": 1, "full": L - 1}.items():
-            _, read = model.blocks(model.embed(ids[:, :past]), state, window=window_of(keep))
-            times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, s, ids[:, :1], 1, keep), device)
+            _, read = model.blocks(model.embed(ids[:, :past]), state, window=window_of(config))
+            times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, s, ids[:, :1], 1, config), device)
     return times
 
 
@@ -953,7 +953,7 @@ def probe_panels(results):
     def mean(part, key):
         return list(100 * np.mean([run[part][key] for run in results], 0))
 
-    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"]) if kind not in "AW"]
+    layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"]) if kind in FAST_MIXERS]
     change = 100 * np.mean([run["change"] for run in results], 0).T  # (delta layers, N)
     passes = [str(n) for n in range(N + 1)]
     return [

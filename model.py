@@ -66,7 +66,7 @@ class ModelConfig:
 
     def __post_init__(self):
         self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
-        if not self.pattern or set(self.pattern) - set("AWDd"):
+        if not self.pattern or set(self.pattern) - {"A", "W", *FAST_MIXERS}:
             raise ValueError(
                 f"pattern {self.pattern!r}: use one A (attention) or D (delta) per block, for example ADAD"
             )
@@ -251,9 +251,10 @@ class NoConv(nn.Module):
 class GatedDeltaNet(nn.Module):
     """The fast-weight layer: every token corrects what S predicts for its key (kernels.py), then reads S.
 
-    Another mixer needs the same forward, S_shape and zero_S, a letter in ModelConfig and a place in Block. All of it
-    that outlives a pass is S (B, H, K, V). Its matrices are called *_proj (for Muon and FLOPs), the last one out_proj;
-    those that a write needs stand in train.WRITERS.
+    Another mixer needs the same forward, S_shape and zero_S, and a letter in FAST_MIXERS. All of it that outlives a
+    pass is S (B, H, K, V). Its matrices are called *_proj (for Muon and FLOPs), the last one out_proj; those that a
+    write needs stand in train.WRITERS, and train.block_flops counts a delta rule's 6 K V. What is drawn in another way
+    than matrices are is drawn in init_weights.
     """
 
     def __init__(self, config):
@@ -321,6 +322,9 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(o.flatten(2)), LayerState(S=S, conv=(history_q, history_k, history_v))
 
 
+FAST_MIXERS = {"D": GatedDeltaNet, "d": GatedDeltaNet}  # those with an S to sleep with, by their letter in a pattern
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -348,7 +352,7 @@ class Block(nn.Module):
         sandwich = config.sandwich and has_mlp
         self.norm_mixer = make_norm(config, d)
         window = config.window if kind == "W" else math.inf
-        self.mixer = Attention(config, window) if self.attends else GatedDeltaNet(config)
+        self.mixer = Attention(config, window) if self.attends else FAST_MIXERS[kind](config)
         self.norm_mixer_out = make_norm(config, d) if sandwich else nn.Identity()
         self.norm_mlp = make_norm(config, d) if has_mlp else None
         self.mlp = MLP(config) if has_mlp else None

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import LayerState
+from model import FAST_MIXERS, LayerState
 
 
 class Chunk(NamedTuple):
@@ -70,21 +70,22 @@ def kept_tokens(eviction, L):
     return {"hard": 0, "sliding": L - 1, "all": math.inf}[eviction]
 
 
-def evict(state, keep=0):
-    """The fast weights S stay, caches and convolution histories go, but for the last `keep` tokens of the cache.
+def evict(state, config):
+    """The fast weights S stay, caches and convolution histories go, but for the last config.keep tokens of the cache.
 
     keep = 0 is hard eviction. With more, the convolution's history stays too: the sequence goes on. Gradients flow
     through all that stays.
     """
+    keep = config.keep
     if not keep:
         return [LayerState(S=layer.S) for layer in state]
     cut = slice(None if math.isinf(keep) else -keep, None)
     return [layer if layer.k is None else layer._replace(k=layer.k[:, cut], v=layer.v[:, cut]) for layer in state]
 
 
-def window_of(keep):
+def window_of(config):
     """How many tokens attention sees, itself included: a sliding window slides, a hard one just ends."""
-    return keep + 1 if keep else math.inf
+    return config.keep + 1 if config.keep else math.inf
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def passes(pattern, config):
     first, last = config.loop or (0, len(pattern))
     if not 0 <= first < last <= len(pattern):
         raise ValueError(f"the looped blocks {first}:{last} are not a range of the {len(pattern)} blocks {pattern}")
-    writes = [kind not in "AW" for kind in pattern]
+    writes = [kind in FAST_MIXERS for kind in pattern]
     if not any(writes) or (config.N > 1 and not any(writes[first:last])):
         raise ValueError(f"no delta block (D) to sleep with among the looped blocks {first}:{last} of {pattern}")
     order = [list(range(first, last)) for _ in range(config.N)]
@@ -140,7 +141,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
-    keep, embedded, old = config.keep, h, state
+    embedded, old = h, state
     for n, layers in enumerate(passes(model.config.pattern, config), 1):
         fed_back = next_input(model, h, embedded, config) if n > 1 else h
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
@@ -148,7 +149,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
         # not in the paper: that the convolution's history is not kept between passes
         start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
         # under hard eviction the last pass ends with its last write to S
-        args = fed_back, start, layers, n == config.N and not keep, window_of(keep), config.causal
+        args = fed_back, start, layers, n == config.N and not config.keep, window_of(config), config.causal
         if use_checkpoint and torch.is_grad_enabled():
             # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
             h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
@@ -173,7 +174,7 @@ def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
         for fed_back, state in nights:
             pass
         slept = torch.full((len(h),), config.N, device=h.device)
-    return evict(state, config.keep), fed_back, slept
+    return evict(state, config), fed_back, slept
 
 
 class Algorithm1(nn.Module):
@@ -203,8 +204,8 @@ class Algorithm1(nn.Module):
                 # line 10: one pass, still writing S; the cache is what the last eviction left
                 for n in range(self.answer_passes):
                     e = next_input(self.model, e, embedded, self.config) if n else e
-                    e, new = self.model.blocks(e, state, window=window_of(self.config.keep))
-                state = evict(new, self.config.keep)
+                    e, new = self.model.blocks(e, state, window=window_of(self.config))
+                state = evict(new, self.config)
                 where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
                 if heads < stop - start:
                     where = m[:, start:stop].int().topk(heads, 1).indices
@@ -294,14 +295,14 @@ def merge_rows(take, a, b):
 
 
 @torch.no_grad()
-def answer(model, state, x, max_new, keep=0):
+def answer(model, state, x, max_new, config):
     """Greedy decoding inside one window: x (B, T >= 1) ids on top of a state -> the next max_new ids, (B, max_new).
 
-    One pass per new token; the window's own cache grows, the past is known through S and what `keep` left.
+    One pass per new token; the window's own cache grows, the past is known through S and what the last eviction left.
     """
     new, past = [], 0
     for _ in range(max_new):
-        h, state = model.blocks(model.embed(x, past), state, window=window_of(keep))
+        h, state = model.blocks(model.embed(x, past), state, window=window_of(config))
         past += x.shape[1]
         x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
         new.append(x)
@@ -382,7 +383,7 @@ class Sleeper:
         if x.shape[1] + max_new - 1 > self.L:
             parts = f"{self.window.shape[1]} tokens in the window, {tokens.shape[1]} of question, {max_new} of answer"
             raise ValueError(f"{parts} do not fit into L = {self.L}: call sleep() first, or ask less")
-        found = answer(self.model, self.state, x, max_new, self.config.keep)
+        found = answer(self.model, self.state, x, max_new, self.config)
         if remember:
             self.feed(torch.cat((tokens, found), 1))
         return found

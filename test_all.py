@@ -1489,7 +1489,7 @@ def raw_problems(task, x, y, m):
 
 
 @pytest.mark.parametrize(
-    "task", (Rule110(9, 1, 2), Depo(3, 2, 1, 1, 3), GSMInfinite(1, 1, 40, 60, 39, 1)), ids=data.TASKS
+    "task", (Rule110(9, 1, 2), Depo(3, 2, 1, 1, 3), GSMInfinite(1, 1, 40, 60, 39, 1)), ids=lambda task: task.name
 )
 def test_data_splits_share_no_problem(task):
     """Test accuracy is memory, or a problem that is told in another order counts as another one.
@@ -3884,8 +3884,22 @@ def test_repository_files_say_what_they_are(room):
     assert words and (room == "test_all" or "Read next: " in words)
 
 
-@pytest.mark.parametrize("preset", ("paper", "small", "tiny"))
-@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize(
+    "wrong, parts",
+    [
+        ({"postions": True}, ("postions", "no flag")),
+        ({"nodes": None}, ("preset tiny of depo", "no nodes")),
+    ],
+)
+def test_train_presets_with_mistakes_are_refused(wrong, parts, monkeypatch):
+    """Who adds a task and misspells a size in its preset trains something else, or gets a traceback."""
+    monkeypatch.setitem(train.PRESETS["depo"], "tiny", train.PRESETS["depo"]["tiny"] | wrong)
+    with pytest.raises(ValueError) as error:
+        train.parse_config(["--task", "depo", "--preset", "tiny"])
+    assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize("task, preset", [(task, preset) for task in data.TASKS for preset in train.PRESETS[task]])
 def test_train_presets_fit_their_task(task, preset):
     """A preset contradicts itself: L does not divide the context, or rows disagree on which chunk is scored."""
     config = train.parse_config(["--task", task, "--preset", preset, "--N", "4"])

@@ -63,7 +63,7 @@ from eval import (
     sleep_config,
 )
 from kernels import pick_impl, why_not_triton
-from model import PRETRAINED, Model, ModelConfig, init_weights, rope_table
+from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig, init_weights, rope_table
 from sleep import EVICTIONS, passes, split_chunks, window_of
 
 # -----------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class Config:
     None: left to the preset, not of this task, or not asked for.
     """
 
-    task: str = flag("depo", "rule110, depo or gsm")
+    task: str = flag("depo", "what is asked, see data.py")
     preset: str = flag(
         "auto", "paper, small (one GPU), tiny (laptop CPU, minutes); with --init-from paper, sliding, demo"
     )
@@ -256,6 +256,8 @@ def parse_config(argv):
     if config.preset not in presets:
         raise ValueError(f"--preset {config.preset} is none of those here: use {', '.join(presets)}")
     for name, value in presets[config.preset].items():
+        if not hasattr(config, name):
+            raise ValueError(f"the preset {config.preset} sets {name}, which is no flag: name it in Config")
         if name not in given:
             setattr(config, name, value)
     if config.init_from:
@@ -276,6 +278,8 @@ def check(config, given):
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
+    if missing := [size for size in EXAMPLE_SIZES[config.task] if getattr(config, size, None) is None]:
+        raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}, which is a size of it")
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
@@ -561,7 +565,7 @@ def choose_parameters(model, config):
     if config.learn == "delta":
         for name, p in model.named_parameters():
             kind = config.pattern[int(name.split(".")[1])] if name.startswith("layers.") else None
-            p.requires_grad_(kind == "d" or (".mixer." in name and kind not in "AW"))
+            p.requires_grad_(kind == "d" or (".mixer." in name and kind in FAST_MIXERS))
 
 
 def make_optimizers(model, config):
@@ -1086,7 +1090,7 @@ def flops_per_step(config, task, chunks):
     pattern, layers = model.config.pattern, model.layers
     total = 0
     for start, stop, heads in chunks:
-        seen = stop - start, min(start, rules.keep), window_of(rules.keep)
+        seen = stop - start, min(start, rules.keep), window_of(rules)
         if heads:
             total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
             total += 2 * heads * model.config.d_model * model.config.vocab_size
