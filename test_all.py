@@ -3960,7 +3960,7 @@ def test_repository_pages_tables_are_those_of_the_results(page):
     assert evaluation.renewed_tables(str(HERE / page)) == text
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", (*PAGES, "results/log.md"))
 def test_repository_pages_links_lead_somewhere(page):
     """A link points to a file or a heading that is not there."""
     for link in re.findall(r"\]\((?!http)([^)]+)\)", (HERE / page).read_text()):
