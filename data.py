@@ -4,8 +4,8 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (how many tokens must be remembered, a
 multiple of the window L), `T` (tokens in every row), and
-    batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored; the first that
-                                            is scored lies in the same window in every row
+    batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored; no row is
+                                            scored in a window and another only later (sleep.split_chunks)
     score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ..."
                                             and "... bit" repeat questions that stand under other names
     losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}

@@ -3889,6 +3889,7 @@ def test_repository_files_say_what_they_are(room):
     [
         ({"postions": True}, ("postions", "no flag")),
         ({"nodes": None}, ("preset tiny of depo", "no nodes")),
+        ({"steps": None}, ("preset tiny of depo", "no steps")),
     ],
 )
 def test_train_presets_with_mistakes_are_refused(wrong, parts, monkeypatch):

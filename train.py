@@ -278,8 +278,9 @@ def check(config, given):
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
-    if missing := [size for size in EXAMPLE_SIZES[config.task] if getattr(config, size, None) is None]:
-        raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}, which is a size of it")
+    needed = [*EXAMPLE_SIZES[config.task], *"pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()]
+    if missing := [name for name in needed if getattr(config, name, None) is None]:
+        raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}: add it in PRESETS")
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
