@@ -212,9 +212,14 @@ TOKENS_AT_ONCE = 2**16  # of them that the model sees at a time: long texts woul
 
 def sleep_config(config):
     """How a run's flags (a dict) say to sleep. Raises ValueError where SleepConfig does."""
-    keep, causal = kept_tokens(config["evict"], config["L"]), config["sleep_attention"] == "causal"
-    tol, reinject = config.get("tol", 0.0), config["reinject"]
-    return SleepConfig(config["N"], parse_loop(config["loop"]), keep, causal=causal, tol=tol, reinject=reinject)
+    return SleepConfig(
+        N=config["N"],
+        loop=parse_loop(config["loop"]),
+        keep=kept_tokens(config["evict"], config["L"]),
+        causal=config["sleep_attention"] == "causal",
+        tol=config.get("tol", 0.0),
+        reinject=config["reinject"],
+    )
 
 
 def algorithm_of(model, config, use_checkpoint=False):

@@ -3897,7 +3897,7 @@ def test_train_presets_with_mistakes_are_refused(wrong, parts, monkeypatch):
     monkeypatch.setitem(train.PRESETS["depo"], "tiny", train.PRESETS["depo"]["tiny"] | wrong)
     with pytest.raises(ValueError) as error:
         train.parse_config(["--task", "depo", "--preset", "tiny"])
-    assert all(part in str(error.value) for part in parts)
+    assert_one_line(str(error.value), *parts)
 
 
 @pytest.mark.parametrize("task, preset", [(task, preset) for task in data.TASKS for preset in train.PRESETS[task]])
@@ -3964,7 +3964,9 @@ def test_repository_pages_tables_are_those_of_the_results(page):
 @pytest.mark.parametrize("page", (*PAGES, "results/log.md"))
 def test_repository_pages_links_lead_somewhere(page):
     """A link points to a file or a heading that is not there."""
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", (HERE / page).read_text()):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", (HERE / page).read_text())
+    assert links
+    for link in links:
         path, _, anchor = link.partition("#")
         target = (HERE / page).parent / path if path else HERE / page
         assert target.exists(), link
