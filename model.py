@@ -253,8 +253,8 @@ class GatedDeltaNet(nn.Module):
 
     Another mixer needs the same forward, S_shape and zero_S, and a letter in FAST_MIXERS. All of it that outlives a
     pass is S (B, H, K, V). Its matrices are called *_proj (for Muon and FLOPs), the last one out_proj; those that a
-    write needs stand in train.WRITERS, and train.block_flops counts a delta rule's 6 K V. What is drawn in another way
-    than matrices are is drawn in init_weights.
+    write needs stand in train.WRITERS, and train.block_flops counts a delta rule's 6 K V per token and head (4 where
+    nothing is read). What is drawn in another way than matrices are is drawn in init_weights.
     """
 
     def __init__(self, config):
@@ -348,7 +348,7 @@ class Block(nn.Module):
 
     def __init__(self, config, kind):
         super().__init__()
-        self.attends, has_mlp, d = kind in "AW", kind != "d", config.d_model
+        self.attends, has_mlp, d = kind not in FAST_MIXERS, kind != "d", config.d_model
         sandwich = config.sandwich and has_mlp
         self.norm_mixer = make_norm(config, d)
         window = config.window if kind == "W" else math.inf

@@ -280,7 +280,7 @@ def check(config, given):
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
     needed = [*EXAMPLE_SIZES[config.task], *"pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()]
     if missing := [name for name in needed if getattr(config, name, None) is None]:
-        raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}: add it in PRESETS")
+        raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}: add it there")
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
@@ -468,7 +468,7 @@ def public_name(name, public):
     prefix = f"model.layers.{i - pattern[:i].count('d')}"
     if not inner.startswith("mixer"):
         return f"{prefix}.{BLOCK[inner]}.{last}"
-    qwen, attends = public.model_type == "qwen3_5_text", pattern[i] in "AW"
+    qwen, attends = public.model_type == "qwen3_5_text", pattern[i] not in FAST_MIXERS
     mixer = "linear_attn" if qwen and not attends else "self_attn"
     if inner == "mixer":  # A_log, dt_bias
         return f"{prefix}.{mixer}.{last}"
