@@ -647,7 +647,7 @@ def benchmark(device, dtype, names, limits):
             try:
                 median, low, high = measure(graphed(call) if graph else call, device)
             except Exception as error:  # Triton and fla raise what they like; the other rows are wanted all the same
-                print(f"{name}, {impl}: {str(error).splitlines()[0]}", file=sys.stderr)
+                print(f"{name}, {impl}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
                 continue
             print(f"{name}, {impl}, backward={backward}, graph={graph}: {1e6 * median:,.0f} us", file=sys.stderr)
             row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)

@@ -663,6 +663,26 @@ def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys)
     assert_one_line(said.err, "interrupted")
 
 
+@pytest.mark.parametrize("error", (AssertionError(), RuntimeError("first\nsecond")))
+def test_kernel_benchmark_outlives_a_path_that_fails(error, monkeypatch, capsys):
+    """One implementation that cannot run here, whatever it raises, takes the rows of the others with it."""
+    monkeypatch.setattr(kernels, "SHAPES", {"small": (2, 5, 2, 16, 8)})
+    measure, calls = kernels.measure, []
+
+    def fails_first(call, device):
+        calls.append(device)
+        if len(calls) == 1:
+            raise error
+        return measure(call, device)
+
+    monkeypatch.setattr(kernels, "measure", fails_first)
+    rows = list(kernels.benchmark("cpu", torch.float32, ["small"], (1e9, 1e12)))
+    assert [(row["impl"], row["backward"]) for row in rows] == [("recurrent", True), ("torch", False), ("torch", True)]
+    assert capsys.readouterr().err.startswith(
+        f"small, recurrent: {str(error).split()[0] if str(error) else repr(error)}\n"
+    )
+
+
 # -----------------------------------------------------------------------------
 # model.py: the hybrid
 
@@ -2608,6 +2628,20 @@ def test_eval_probe_is_fitted_to_other_problems(finished, tmp_path, monkeypatch)
     assert call(evaluation.main, monkeypatch, [finished["rule110"], *argv]) == 0
     assert asked == [(3, "train", 1, 300), (3, "val", 1, 64)]
     assert woken == [(n, "val", 8, 64, 1) for n in (1, 2, 3)]
+
+
+def test_eval_probe_refuses_a_memory_it_cannot_solve_for(finished, monkeypatch, capsys):
+    """A memory of a GPU's preset fills the machine, or is refused without a way on; or the limit is off by one."""
+    model = evaluation.load_run(finished["rule110"], "cpu")[0]
+    sleeper = Sleeper(model, SleepConfig(), 8)
+    sleeper.feed(torch.zeros(1, 8, dtype=torch.int64))
+    numbers = flat_S(sleeper.state).numel()
+    monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
+    for limit, status in ((numbers - 1, 2), (numbers, 0)):
+        monkeypatch.setattr(evaluation, "PROBE_LIMIT", limit)
+        assert call(evaluation.main, monkeypatch, [finished["rule110"], "--probe", "--n", 32]) == status
+        if status:
+            assert_one_line(capsys.readouterr().err, f"{limit} numbers", f"not {numbers}", "--preset tiny")
 
 
 def test_eval_cost_times_what_it_says(finished, monkeypatch):
