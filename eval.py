@@ -1017,7 +1017,7 @@ def report_probe(args, loaded):
         raise ValueError("--probe needs a run without --loop, and --split val or test: its probe is fitted to train")
     numbers = sum(math.prod(block.mixer.S_shape(1)) for block in model.layers if not block.attends)
     if numbers > PROBE_LIMIT:
-        raise ValueError(f"--probe is for {PROBE_LIMIT} numbers of memory, not {numbers}: give a run of --preset tiny")
+        raise ValueError(f"--probe takes {PROBE_LIMIT} numbers of memory at most, not {numbers}: use --preset tiny")
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
     print(probe_table(results))
     if args.json:

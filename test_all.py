@@ -663,8 +663,8 @@ def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys)
     assert_one_line(said.err, "interrupted")
 
 
-@pytest.mark.parametrize("error", (AssertionError(), RuntimeError("first\nsecond")))
-def test_kernel_benchmark_outlives_a_path_that_fails(error, monkeypatch, capsys):
+@pytest.mark.parametrize("error, said", ((AssertionError(), "AssertionError()"), (RuntimeError("a\nb"), "a")))
+def test_kernel_benchmark_outlives_a_path_that_fails(error, said, monkeypatch, capsys):
     """One implementation that cannot run here, whatever it raises, takes the rows of the others with it."""
     monkeypatch.setattr(kernels, "SHAPES", {"small": (2, 5, 2, 16, 8)})
     measure, calls = kernels.measure, []
@@ -678,9 +678,7 @@ def test_kernel_benchmark_outlives_a_path_that_fails(error, monkeypatch, capsys)
     monkeypatch.setattr(kernels, "measure", fails_first)
     rows = list(kernels.benchmark("cpu", torch.float32, ["small"], (1e9, 1e12)))
     assert [(row["impl"], row["backward"]) for row in rows] == [("recurrent", True), ("torch", False), ("torch", True)]
-    assert capsys.readouterr().err.startswith(
-        f"small, recurrent: {str(error).split()[0] if str(error) else repr(error)}\n"
-    )
+    assert capsys.readouterr().err.startswith(f"small, recurrent: {said}\n")
 
 
 # -----------------------------------------------------------------------------
