@@ -40,6 +40,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -119,6 +120,8 @@ def bracket(task, x, y, m):
 # -----------------------------------------------------------------------------
 # Rule 110: remember strings, then compute on them
 
+ASKED = ("bit", "row")
+
 
 def rule110_step(state, width):
     """One step of Rule 110 on a ring. state: uint64 array, cell i of a string is bit i -> the same shape."""
@@ -134,6 +137,11 @@ def unpack_bits(state, width):
     return ((state[..., None] >> np.arange(width, dtype=np.uint64)) & np.uint64(1)).astype(np.int64)
 
 
+def of_bits(name):
+    """The row of single bits beside a row of whole answers: "t=4 exact" -> "t=4 bit", "t=4 rows" -> "t=4 rows bit"."""
+    return name.removesuffix(" exact") + " bit"
+
+
 def pack_bits(bits):
     """Integers 0 or 1 (..., width), first cell first -> uint64 (...)."""
     return (bits.astype(np.uint64) << np.arange(bits.shape[-1], dtype=np.uint64)).sum(axis=-1, dtype=np.uint64)
@@ -147,22 +155,38 @@ class Rule110:
         x    1 0 0 1   0 0 1 1   Q 1      the strings, then a query token and the earlier answers
         y    0 0 1 0   0 1 1 Q   1 0
         m    . . . .   . . . .   ^ ^      1001 -> 1011 and 0011 -> 0111, so the answers are 1 and 0
+
+    not in the paper: ask="row" asks for all bits, string by string, each behind a query token that names the string.
+    The first bit of a string is asked before any other of it, so it is as hard as it was:
+
+        x    1 0 0 1   0 0 1 1   A 1 0 1   B 0 1 1
+        y    0 0 1 0   0 1 1 A   1 0 1 1   0 1 1 1      a row's last bit, where the next token is the next query
     """
 
     name = "rule110"
 
-    def __init__(self, width=24, t=32, strings=4):
+    def __init__(self, width=24, t=32, strings=4, ask="bit"):
         if not 3 <= width <= 62:
             raise ValueError(f"--width is {width}: a string needs 3 to 62 bits")
         if not 0 <= t <= 100_000:
             raise ValueError(f"--t is {t}: use 0 (recall) to 100,000 steps")
         if strings < 1:
             raise ValueError(f"--strings is {strings}: use 1 or more")
-        self.width, self.t, self.strings = width, t, strings
-        self.vocab_size = 3  # "0", "1", "Q"
+        if ask not in ASKED:
+            raise ValueError(f"--ask is {ask}: use {' or '.join(ASKED)}")
+        if ask == "row" and strings > len(ascii_uppercase):
+            raise ValueError(f"--strings is {strings}: with --ask row use at most {len(ascii_uppercase)}")
+        self.width, self.t, self.strings, self.ask = width, t, strings, ask
+        self.words = "01Q" if ask == "bit" else "01" + ascii_uppercase[:strings]
+        self.vocab_size = len(self.words)
+        self.asked = 1 if ask == "bit" else width  # bits of each string
         self.context = strings * width
-        self.T = self.context + strings
-        self.prompt, self.answer_tokens = "Q", strings
+        self.T = self.context + strings * self.asked
+        self.prompt, self.answer_tokens = self.words[2], strings if ask == "bit" else width
+
+    def at(self, t):
+        """The same task with another number of steps."""
+        return Rule110(self.width, t, self.strings, self.ask)
 
     def _hash(self, state):
         # the width goes in too: 011 and 0110 pack into the same integer
@@ -180,12 +204,18 @@ class Rule110:
         context = unpack_bits(state, self.width).reshape(B, self.context)
         for _ in range(self.t):
             state = rule110_step(state, self.width)
-        labels = (state & np.uint64(1)).astype(np.int64).reshape(B, self.strings)
-        # not in the paper: one query token, so that the first answer is predicted after the last string is evicted
-        seq = np.concatenate([context, np.full((B, 1), 2), labels], axis=1)  # (B, T+1)
+        labels = unpack_bits(state, self.width)[:, : self.asked].reshape(B, self.strings, self.asked)
+        if self.ask == "bit":
+            # not in the paper: one query token, so that the first answer is predicted after the last string is evicted
+            shown = np.concatenate([np.full((B, 1), 2), labels[:, :-1, 0]], axis=1)
+        else:
+            query = np.broadcast_to(2 + np.arange(self.strings)[None, :, None], (B, self.strings, 1))
+            shown = np.concatenate([query, labels[:, :, :-1]], axis=2).reshape(B, -1)
+        x = np.concatenate([context, shown], axis=1)  # (B, T)
+        y = np.concatenate([x[:, 1 : self.context + 1], labels.reshape(B, -1)], axis=1)
         m = np.zeros((B, self.T), dtype=bool)
         m[:, self.context :] = True
-        return as_tensors(seq[:, :-1], seq[:, 1:], m)
+        return as_tensors(x, y, m)
 
     def problem_hashes(self, x):
         """The hash of every string, recomputed from the tokens. x: (B, T) int64 -> uint64 (B, strings)."""
@@ -193,11 +223,11 @@ class Rule110:
 
     def decode(self, ids):
         """Token ids (any 1-d sequence) -> str, one character per token."""
-        return "".join("01Q"[int(i)] for i in ids)
+        return "".join(self.words[int(i)] for i in ids)
 
     def encode(self, text):
         """The inverse of decode, a list of int; spaces do not count. Raises ValueError that names what is no token."""
-        return look_up("".join(text.upper().split()), {"0": 0, "1": 1, "Q": 2}, self.name)
+        return look_up("".join(text.upper().split()), {word: i for i, word in enumerate(self.words)}, self.name)
 
     def hidden(self, x):
         """The last string's bits after 0 to t steps: "step j" -> int64 (B, width). x: (B, T) int64."""
@@ -208,26 +238,37 @@ class Rule110:
             state = rule110_step(state, self.width)
         return bits
 
+    def _questions(self, values, m):
+        """What stands at the scored positions, (B, T) each -> what is asked: name -> (B, bits)."""
+        values = values[m].reshape(len(m), self.strings, self.asked)
+        questions = {f"t={self.t} exact": values[:, :, 0]}
+        return questions if self.ask == "bit" else questions | {f"t={self.t} rows": values.reshape(len(m), -1)}
+
     def score(self, x, y, m, pred):
-        """All four (B, T) -> dict of bool arrays: "exact" (B,), every string right; "bit" (B * strings,)."""
+        """All four (B, T) -> dict of bool arrays: "exact", the first bits all right, (B,); "bit", each, (B * strings,).
+
+        With ask="row" also "rows", all bits of all rows right, (B,); "rows bit", each of them.
+        """
         y, m, pred = as_arrays(y, m, pred)
-        right = (pred == y)[m].reshape(-1, self.strings)  # (B, strings)
-        return {f"t={self.t} exact": right.all(axis=1), f"t={self.t} bit": right.reshape(-1)}
+        questions = self._questions(pred == y, m)
+        right = {name: bits.all(axis=1) for name, bits in questions.items()}
+        return right | {of_bits(name): bits.reshape(-1) for name, bits in questions.items()}
 
     def losses(self, x, y, m, ce):
-        """The same keys as score -> {"loss": mean cross-entropy over the scored tokens}. ce: (B, T), in nats."""
+        """The same keys as score -> {"loss": mean cross-entropy over the tokens asked for}. ce: (B, T), in nats."""
         m, ce = as_arrays(m, ce)
-        return {key: {"loss": float(ce[m].mean())} for key in (f"t={self.t} exact", f"t={self.t} bit")}
+        means = {name: {"loss": float(bits.mean())} for name, bits in self._questions(ce, m).items()}
+        return means | {of_bits(name): loss for name, loss in means.items()}
 
     def chance(self, x, y, m):
         """The same keys as score -> accuracy of guessing uniformly, and of always answering the commonest bit."""
         y, m = as_arrays(y, m)
-        labels = y[m].reshape(-1, self.strings)  # (B, strings)
-        hit = labels == int(labels.mean() >= 0.5)
-        return {
-            f"t={self.t} exact": {"uniform": 0.5**self.strings, "majority": float(hit.all(axis=1).mean())},
-            f"t={self.t} bit": {"uniform": 0.5, "majority": float(hit.mean())},
-        }
+        chance = {}
+        for name, labels in self._questions(y, m).items():
+            hit = labels == int(labels.mean() >= 0.5)  # (B, bits)
+            chance[name] = {"uniform": 0.5 ** labels.shape[1], "majority": float(hit.all(axis=1).mean())}
+            chance[of_bits(name)] = {"uniform": 0.5, "majority": float(hit.mean())}
+        return chance
 
     def explain(self, x, y, m):
         """One example, x, y, m (T,), as lines for a person: the strings step by step, then the answers."""
@@ -241,8 +282,11 @@ class Rule110:
             for t, state in enumerate(history):
                 strings = unpack_bits(state[i : i + side_by_side], self.width)
                 lines.append(f"  step {t:2d}  " + "  ".join(self.decode(b) for b in strings))
-            lines.append(("  asked    " + f"{'^':{self.width + 2}}" * len(strings)).rstrip())
-        return lines + ["  then: " + " ".join(bracket(self, x, y, m))]
+            lines.append(("  asked    " + f"{'^' * self.asked:{self.width + 2}}" * len(strings)).rstrip())
+        if self.ask == "bit":
+            return lines + ["  then: " + " ".join(bracket(self, x, y, m))]
+        rows = zip(x[self.context :: self.width], y[self.context :].view(-1, self.width))
+        return lines + ["  then: " + "  ".join(f"{self.decode([query])} [{self.decode(row)}]" for query, row in rows)]
 
 
 # -----------------------------------------------------------------------------
@@ -1492,7 +1536,7 @@ TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSMInfinite}
 
 # sizes a person can follow; the constructors' own defaults are the paper's
 EXAMPLE_SIZES = {
-    "rule110": {"width": 12, "t": 4, "strings": 4},
+    "rule110": {"width": 12, "t": 4, "strings": 4, "ask": "bit"},
     "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3},
     "gsm": {
         "op": 6, "min_op": 0, "min_length": 260, "max_length": 300, "L": 256, "name_words": 2, "mode": "both",

@@ -120,7 +120,8 @@ FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulat
 LATER_FLAGS = dict(
     evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False,
     init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
-    worked=False, pace=False, grow=0.0,  # the last two are gone: named, so that runs from before and after are alike
+    worked=False, ask="bit", grow=0.0,
+    pace=False,  # gone: named, so that runs from before and after are alike
 )  # fmt: skip
 
 

@@ -1356,24 +1356,28 @@ def test_sleep_training_accuracy_is_the_share_of_right_answers():
 
 @pytest.mark.parametrize("split", data.SPLITS)
 @pytest.mark.parametrize("width, t, strings", ((24, 32, 4), (12, 4, 2), (7, 1, 3), (24, 0, 4), (62, 7, 1)))
-def test_data_rule110_against_a_cell_by_cell_loop(width, t, strings, split):
+@pytest.mark.parametrize("ask", data.ASKED)
+def test_data_rule110_against_a_cell_by_cell_loop(width, t, strings, split, ask):
     """The labels are not Rule 110 on a ring, or tokens, targets and mask are not where the docstring says."""
-    task = Rule110(width, t, strings)
+    task = Rule110(width, t, strings, ask)
     x, y, m = task.batch(3, split, 5, 8)
     assert x.shape == y.shape == m.shape == (8, task.T) and m.dtype == torch.bool
-    assert torch.equal(x[:, 1:], y[:, :-1])
     for row, target, scored in zip(x.tolist(), y.tolist(), m.tolist()):
-        labels = []
+        first, rows = [], []
         for i in range(strings):
             cells = row[i * width : i * width + width]
             assert set(cells) <= {0, 1}
             for _ in range(t):
                 neighbours = [4 * cells[j - 1] + 2 * cells[j] + cells[(j + 1) % width] for j in range(width)]
                 cells = [110 >> n & 1 for n in neighbours]
-            labels.append(cells[0])
-        assert row[strings * width :] == [2, *labels[:-1]]
-        assert [a for a, s in zip(target, scored) if s] == labels
-        assert scored == [False] * strings * width + [True] * strings
+            first.append(cells[0])
+            rows.append(cells)
+        labels, shown = first, [2, *first[:-1]]
+        if ask == "row":
+            labels, shown = sum(rows, []), sum(([2 + i, *cells[:-1]] for i, cells in enumerate(rows)), [])
+        context = strings * width
+        assert row[context:] == shown and target[:context] == row[1 : context + 1] and target[context:] == labels
+        assert scored == [False] * context + [True] * len(labels)
 
 
 def parse_depo(task, x, y, m):
@@ -1442,7 +1446,7 @@ def test_data_depo_by_walking_the_cycle_that_the_tokens_spell(sizes, split):
     assert split != "train" or task.min_nodes == task.nodes or len(lengths) > 1
 
 
-TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Depo(8, 4, 8, 1, 8), Depo(9, 5, 5, 2, 3), Depo())
+TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Rule110(12, 3, 2, "row"), Depo(8, 4, 8, 1, 8), Depo(9, 5, 5, 2, 3), Depo())
 TASKS += (GSMInfinite(3, 1, 101, 128, 100, 1), GSMInfinite(8, 2, 302, 380, 301, worked=True))
 
 
@@ -1533,6 +1537,7 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
     """Accuracy is counted wrongly: parts of names, <answer> tokens, the wrong difficulty, a floor that is no floor."""
     x, y, m = task.batch(4, "train", 1, 64)
     pred = torch.where(torch.rand(y.shape) < 0.75, y, random_ids(*y.shape, task.vocab_size))
+    pred[:3] = y[:3]  # else two rows of bits would hardly ever be all right
     ce = torch.rand(y.shape)
     right, loss, scored_loss, labels, uniform, literal = {}, {}, {}, {}, {}, {}
 
@@ -1545,10 +1550,13 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
 
     for row in range(64):
         if task.name == "rule110":
-            where = range(task.context, task.T)
-            count(f"t={task.t} exact", where, row, tuple(y[row, where].tolist()), 0.5**task.strings, where)
-            for p in where:
-                count(f"t={task.t} bit", [p], row, int(y[row, p]), 0.5, [p])
+            every = range(task.context, task.T)
+            first = every if task.ask == "bit" else every[:: task.width]
+            for key, where in {"exact": first, "rows": every}.items() if task.ask == "row" else {("exact", first)}:
+                count(f"t={task.t} {key}", where, row, tuple(y[row, where].tolist()), 0.5 ** len(where), where)
+                for p in where:
+                    bit = "bit" if key == "exact" else "rows bit"
+                    count(f"t={task.t} {bit}", [p], row, int(y[row, p]), 0.5, [p])
             continue
         if task.name == "gsm":
             (text, _), *_ = gsm_rows(task, x[row : row + 1], y[row : row + 1], m[row : row + 1])
@@ -1577,7 +1585,8 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
         assert key not in literal or chance[key]["literal"] == pytest.approx(np.mean(literal[key]))
         commonest = max(labels[key].count(label) for label in labels[key])
         if task.name == "rule110":  # always the commonest bit, also where all strings must be right
-            bit = max((0, 1), key=labels[f"t={task.t} bit"].count)
+            asked = f"t={task.t} rows bit" if "rows" in key else f"t={task.t} bit"
+            bit = max((0, 1), key=labels[asked].count)
             commonest = sum(set(np.atleast_1d(label)) == {bit} for label in labels[key])
         assert chance[key]["majority"] == pytest.approx(commonest / len(labels[key]))
 
@@ -1598,6 +1607,8 @@ def test_data_scored_positions_lie_in_windows_that_every_row_answers(task):
         lambda: Rule110(width=63),
         lambda: Rule110(t=-1),
         lambda: Rule110(strings=0),
+        lambda: Rule110(ask="rows"),
+        lambda: Rule110(strings=27, ask="row"),
         lambda: Depo(nodes=2, hops=1, queries=1),
         lambda: Depo(nodes=51, name_tokens=1),
         lambda: Depo(nodes=8, hops=9, queries=2),

@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, write_json
+from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, write_json
 from eval import (
     BATCH,
     FREE,
@@ -93,6 +93,7 @@ class Config:
     width: int = flag(None, "rule110: bits per string")
     t: int = flag(None, "rule110: steps of the automaton")
     strings: int = flag(None, "rule110: strings per problem")
+    ask: str = flag("bit", "rule110: for each string's first bit, as in the paper, or for its whole row")
     nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
     hops: int = flag(None, "depo: questions ask for the 1st to hops-th successor")
     queries: int = flag(None, "depo: questions per problem")
@@ -121,6 +122,9 @@ class Config:
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
     reinject: bool = flag(False, "every pass after the first sees the embedded tokens again, added to the features")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
+    grow: float = flag(
+        0.0, "rule110: draw n of the N passes and ask for n/N of t; the most rises to N in this fraction of the steps"
+    )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
     init_dir: str = flag(None, "its folder: config.json, *.safetensors and tokenizer.json")
@@ -158,6 +162,7 @@ class Config:
 
 CHOICES = {
     "task": TASKS,
+    "ask": ASKED,
     "init_from": tuple(PRETRAINED),
     "evict": EVICTIONS,
     "sleep_attention": ("causal", "full"),
@@ -307,6 +312,10 @@ def check(config, given):
             f"--batch {config.batch} must be a multiple of --accumulate x ranks, {config.accumulate} x {ranks}"
         )
     task = build_task(vars(config))
+    if not 0 <= config.grow <= 1:
+        raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
+    if config.grow and (task.name != "rule110" or task.t % config.N):
+        raise ValueError("--grow is for the task rule110 with a --t that is a multiple of --N")
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
@@ -655,10 +664,23 @@ def schedule(step, config):
 
 
 def passes_of(step, config):
-    """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N."""
-    if not config.random_N:
+    """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N.
+
+    With --grow it is drawn from 1 up to what has been reached by this step, every second time just that.
+    """
+    if not (config.random_N or config.grow):
         return config.N
-    return int(np.random.default_rng([config.seed, step]).integers(1, config.N + 1))
+    rng, most = np.random.default_rng([config.seed, step]), config.N
+    if config.grow:
+        most = min(config.N, 1 + int(config.N * step / (config.grow * config.steps)))
+        if rng.integers(2):
+            return most
+    return int(rng.integers(1, most + 1))
+
+
+def task_of(step, config, task):
+    """What a training step asks: the task, or with --grow as many of its t steps as that step has of the N passes."""
+    return task.at(task.t * passes_of(step, config) // config.N) if config.grow else task
 
 
 def start_worker():
@@ -687,10 +709,9 @@ class Batches:
 
     def get(self, step):
         """The batch of one step, on the device; the next ones start being made."""
-        make = functools.partial(self.pool.submit, self.task.batch, self.config.seed, "train")
         wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
         try:
-            self.ahead = {s: self.ahead.get(s) or make(s, self.config.batch) for s in wanted}
+            self.ahead = {s: self.ahead.get(s) or self._make(s) for s in wanted}
             tensors = self.ahead[step].result()
         except BrokenProcessPool:
             how = "use fewer --workers; --resume goes on if there is a checkpoint"
@@ -702,6 +723,10 @@ class Batches:
         if self.device == "cuda":  # pinned memory is copied while the GPU computes
             mine = [[a.pin_memory() for a in part] for part in mine]
         return [(*(a.to(self.device, non_blocking=True) for a in b), chunks) for b in zip(*mine)], count
+
+    def _make(self, step):
+        task = task_of(step, self.config, self.task)
+        return self.pool.submit(task.batch, self.config.seed, "train", step, self.config.batch)
 
     def close(self):
         """Stop making batches."""
@@ -1188,7 +1213,7 @@ def announce(trainer):
     shown = {k: v for k, v in vars(config).items() if v is not None and k not in ("preset", "device", "out")}
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
-    N = f"1 to {config.N}" if config.random_N else config.N
+    N = f"1 to {config.N}" if config.random_N or config.grow else config.N
     windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
     print(f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {N} times;")
     print(
