@@ -2785,8 +2785,9 @@ def assert_resumes_exactly(flags, folder, monkeypatch):
         DEPO + " --accumulate 2 --checkpoint",
         RULE110 + " --evict sliding --learn delta --strings 3",
         DEPO + " --random-N --sleep-attention full --answer-passes 2",
+        RULE110 + " --ask row --t 4 --grow 0.6",
     ),
-    ids=("rule110", "depo", "sliding", "random N"),
+    ids=("rule110", "depo", "sliding", "random N", "grow"),
 )
 def test_train_resumed_run_is_the_uninterrupted_run(flags, tmp_path, monkeypatch):
     """A checkpoint misses something: optimizer state, step, data position, random state."""
@@ -2853,6 +2854,8 @@ BAD_FLAGS = {
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
     "workers": ("--workers -1", "--workers"),
+    "neither bit nor row": ("--ask rows", "--ask"),
+    "growing hops": ("--grow 0.5", "--grow"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
     "loop that is no range": ("--loop nonsense", "--loop"),
@@ -3061,6 +3064,33 @@ def test_train_draws_N_for_every_step(tmp_path):
     assert fixed[2] - fixed[1] == fixed[1] - fixed[0] > 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["flops"] == lines[-1]["flops"] == sum(fixed[n - 1] for n in drawn[:20])
+
+
+def test_train_grows_passes_and_steps_together(tmp_path, monkeypatch):
+    """--grow asks for other steps than it has passes for, comes too early or too late, or leaves what was learnt."""
+    flags = ("--t", 8, "--N", 4, "--ask", "row", "--grow", 0.5, "--steps", 400, "--eval-every", 400)
+    config = config_of(RULE110, *flags, "--out", tmp_path / "run")
+    drawn = [train.passes_of(step, config) for step in range(400)]
+    for start, stop, most in ((0, 100, 1), (100, 158, 2), (159, 200, 3)):  # 4 ** (step / 200) is 2 at 100, 3 at 158.5
+        part = drawn[start:stop]
+        assert set(part) == set(range(1, most + 1)) and part.count(most) > 0.4 * len(part)
+    assert 90 <= drawn[200:].count(4) <= 160 and min(drawn[200:].count(n) for n in (1, 2, 3)) > 10
+    assert drawn != [train.passes_of(step, replace(config, seed=1)) for step in range(400)]
+    task = train.build_task(vars(config))
+    batches = train.Batches(task, config)
+    for step in (0, 90, 399):
+        ((x, y, m, _),), _ = batches.get(step)
+        want = Rule110(task.width, 2 * drawn[step], task.strings, "row").batch(config.seed, "train", step, config.batch)
+        assert all(torch.equal(a, b) for a, b in zip((x, y, m), want))
+    batches.close()
+    for wrong in (("--t", 6), ("--grow", 1.5), ("--grow", "nan")):
+        with pytest.raises(ValueError, match="--grow"):
+            config_of(RULE110, *flags, *wrong)
+    config.steps = config.eval_every = 20  # so growth ends at step 10
+    assert train.run(config) == 0
+    assert [line["passes"] for line in read_log(tmp_path / "run")] == [train.passes_of(s, config) for s in range(20)]
+    val = read_log(tmp_path / "run", "val")[-1]["scores"]
+    assert val["passes"] == 4 and list(val["rows"])[:2] == ["t=8 exact", "t=8 rows"]  # it is judged at its N and t
 
 
 @pytest.mark.parametrize(

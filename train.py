@@ -123,7 +123,7 @@ class Config:
     reinject: bool = flag(False, "every pass after the first sees the embedded tokens again, added to the features")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     grow: float = flag(
-        0.0, "rule110: draw n of the N passes and ask for n/N of t; the most rises to N in this fraction of the steps"
+        0.0, "rule110: draw n of the N passes and ask for n/N of t; the most doubles up to N in this fraction of steps"
     )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
@@ -666,13 +666,14 @@ def schedule(step, config):
 def passes_of(step, config):
     """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N.
 
-    With --grow it is drawn from 1 up to what has been reached by this step, every second time just that.
+    With --grow it is drawn from 1 up to what has been reached by this step, which doubles at equal intervals (the first
+    level takes longest to learn), and every second time it is just that.
     """
     if not (config.random_N or config.grow):
         return config.N
     rng, most = np.random.default_rng([config.seed, step]), config.N
     if config.grow:
-        most = min(config.N, 1 + int(config.N * step / (config.grow * config.steps)))
+        most = int(config.N ** min(1, step / (config.grow * config.steps)))
         if rng.integers(2):
             return most
     return int(rng.integers(1, most + 1))
