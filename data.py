@@ -137,14 +137,14 @@ def unpack_bits(state, width):
     return ((state[..., None] >> np.arange(width, dtype=np.uint64)) & np.uint64(1)).astype(np.int64)
 
 
-def of_bits(name):
-    """The row of single bits beside a row of whole answers: "t=4 exact" -> "t=4 bit", "t=4 rows" -> "t=4 rows bit"."""
-    return name.removesuffix(" exact") + " bit"
-
-
 def pack_bits(bits):
     """Integers 0 or 1 (..., width), first cell first -> uint64 (...)."""
     return (bits.astype(np.uint64) << np.arange(bits.shape[-1], dtype=np.uint64)).sum(axis=-1, dtype=np.uint64)
+
+
+def of_bits(name):
+    """The row of single bits beside a row of whole answers: "t=4 exact" -> "t=4 bit", "t=4 rows" -> "t=4 rows bit"."""
+    return name.removesuffix(" exact") + " bit"
 
 
 class Rule110:
