@@ -4,10 +4,10 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (how many tokens must be remembered, a
 multiple of the window L), `T` (tokens in every row), and
-    batch(seed, split, s, B)                x, y, m: tokens, next tokens, and which positions are scored; no row is
+    batch(seed, split, s, B)                x, y, m: tokens, what to predict, and which positions are scored; no row is
                                             scored in a window and another only later (sleep.split_chunks)
     score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ..."
-                                            and "... bit" repeat questions that stand under other names
+                                            "... bit" and "... rows" repeat questions of other names
     losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}
     chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..}
     decode(ids)                             text for people
@@ -160,7 +160,7 @@ class Rule110:
     The first bit of a string is asked before any other of it, so it is as hard as it was:
 
         x    1 0 0 1   0 0 1 1   A 1 0 1   B 0 1 1
-        y    0 0 1 0   0 1 1 A   1 0 1 1   0 1 1 1      a row's last bit, where the next token is the next query
+        y    0 0 1 0   0 1 1 A   1 0 1 1   0 1 1 1      what follows, but a row's last bit, not the next query, after it
     """
 
     name = "rule110"

@@ -121,7 +121,7 @@ LATER_FLAGS = dict(
     evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False,
     init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
     worked=False, ask="bit", grow=0.0,
-    pace=False,  # gone: named, so that runs from before and after are alike
+    pace=False,  # gone: named, so that runs from before and after are alike (grow, too, once had another meaning)
 )  # fmt: skip
 
 
@@ -286,8 +286,8 @@ def evaluate(algorithm, task, split, L, n, seed, batch):
 
 
 def headline_keys(rows):
-    """The rows that hold all questions of a task, each once: the others say "... bit" or "first ..."."""
-    return [key for key in rows if not key.endswith(" bit") and not key.startswith("first ")]
+    """The rows that hold all questions of a task, each once: the others say "first ...", "... bit" or "... rows"."""
+    return [key for key in rows if not key.endswith((" bit", " rows")) and not key.startswith("first ")]
 
 
 def headline(rows, field="accuracy"):
@@ -525,7 +525,7 @@ PAPER = {
 }
 AS_IN_THE_PAPER = {"evict": "hard", "sleep_attention": "causal", "reinject": False, "answer_passes": 1}
 PAPER_SETTING = {
-    "rule110": {"width": 24, "strings": 4, "L": 24} | AS_IN_THE_PAPER,
+    "rule110": {"width": 24, "strings": 4, "L": 24, "ask": "bit", "grow": 0.0} | AS_IN_THE_PAPER,
     "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75} | AS_IN_THE_PAPER,
 }
 
@@ -1071,8 +1071,8 @@ class Chat:
         prompt = len(self.task.encode(self.task.prompt))
         question = start + 1 - prompt if prompt else self.task.context
         print(f"  {self.task.decode(x[:question])}\n  ? {self.task.decode(x[question : start + 1])}")
-        first = m[start:].int().cumprod(0).bool()  # up to the first gap
-        print(f"  the right answer: {until_end(self.task.decode(y[start:][first]))}")
+        first = m[start : start + self.task.answer_tokens].int().cumprod(0).bool()  # up to the first gap
+        print(f"  the right answer: {until_end(self.task.decode(y[start : start + len(first)][first]))}")
 
     def ask(self, text):
         """Print the answer to a question; an empty one is the task's own prompt."""

@@ -2088,7 +2088,7 @@ def test_eval_perfect_predictions_score_1_beside_chance(task):
     assert perfect["rows"]
     for key, row in perfect["rows"].items():
         assert row["accuracy"] == 1 and row["stderr"] == 0 and hopeless["rows"][key]["accuracy"] == 0
-        assert 0 < row["uniform"] < 1 and 0 < row["majority"] <= 1
+        assert 0 < row["uniform"] < 1 and (0 < row["majority"] <= 1 or key.endswith(" rows"))  # no row is all ones
     assert perfect["loss"] == pytest.approx(float(ce[m].mean()), rel=1e-5) and perfect["passes"] == 2.5
 
 
@@ -2602,6 +2602,8 @@ def test_eval_standard_error_and_headline():
         assert row["stderr"] == pytest.approx(np.std(right) / np.sqrt(len(right))) and row["stderr"] > 0.01
     exact, bit = (summary["rows"][f"t=1 {kind}"]["accuracy"] for kind in ("exact", "bit"))
     assert evaluation.headline(summary["rows"]) == exact != bit  # bits are the same questions again
+    rows = {"t=1 exact": {"accuracy": 0.5, "n": 4}, "t=1 rows": {"accuracy": 0.0, "n": 4}}
+    assert evaluation.headline(rows) == 0.5  # and so are whole rows
     rows = {"hops 1": {"accuracy": 1.0, "n": 3}, "hops 2": {"accuracy": 0.0, "n": 1}}
     assert evaluation.headline(rows | {"first hops 1": {"accuracy": 0.0, "n": 3}}) == 0.75
 
@@ -3078,12 +3080,12 @@ def test_train_grows_passes_and_steps_together(tmp_path, monkeypatch):
     assert drawn != [train.passes_of(step, replace(config, seed=1)) for step in range(400)]
     task = train.build_task(vars(config))
     batches = train.Batches(task, config)
-    for step in (0, 90, 399):
+    for step in range(196, 204):  # most of them were made ahead
         ((x, y, m, _),), _ = batches.get(step)
         want = Rule110(task.width, 2 * drawn[step], task.strings, "row").batch(config.seed, "train", step, config.batch)
         assert all(torch.equal(a, b) for a, b in zip((x, y, m), want))
     batches.close()
-    for wrong in (("--t", 6), ("--grow", 1.5), ("--grow", "nan")):
+    for wrong in (("--t", 6), ("--grow", 1.5), ("--grow", "nan"), ("--random-N",)):
         with pytest.raises(ValueError, match="--grow"):
             config_of(RULE110, *flags, *wrong)
     config.steps = config.eval_every = 20  # so growth ends at step 10

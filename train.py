@@ -314,8 +314,8 @@ def check(config, given):
     task = build_task(vars(config))
     if not 0 <= config.grow <= 1:
         raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
-    if config.grow and (task.name != "rule110" or task.t % config.N):
-        raise ValueError("--grow is for the task rule110 with a --t that is a multiple of --N")
+    if config.grow and (task.name != "rule110" or task.t % config.N or config.random_N):
+        raise ValueError("--grow is for rule110 with a --t that is a multiple of --N; it draws N itself, no --random-N")
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
@@ -667,7 +667,7 @@ def passes_of(step, config):
     """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N.
 
     With --grow it is drawn from 1 up to what has been reached by this step, which doubles at equal intervals (the first
-    level takes longest to learn), and every second time it is just that.
+    level takes longest to learn), and with probability one half it is just that.
     """
     if not (config.random_N or config.grow):
         return config.N
