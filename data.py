@@ -6,8 +6,9 @@ a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (h
 multiple of the window L), `T` (tokens in every row), and
     batch(seed, split, s, B)                x, y, m: tokens, what to predict, and which positions are scored; no row is
                                             scored in a window and another only later (sleep.split_chunks)
-    score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ..."
-                                            "... bit" and "... rows" repeat questions of other names
+    score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ...",
+                                            "... bit" and "... rows" repeat questions that
+                                            stand under other names
     losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}
     chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..}
     decode(ids)                             text for people
@@ -160,7 +161,7 @@ class Rule110:
     The first bit of a string is asked before any other of it, so it is as hard as it was:
 
         x    1 0 0 1   0 0 1 1   A 1 0 1   B 0 1 1
-        y    0 0 1 0   0 1 1 A   1 0 1 1   0 1 1 1      what follows, but a row's last bit, not the next query, after it
+        y    0 0 1 0   0 1 1 A   1 0 1 1   0 1 1 1      the rows alone: no query is predicted after the first
     """
 
     name = "rule110"
@@ -204,13 +205,11 @@ class Rule110:
         context = unpack_bits(state, self.width).reshape(B, self.context)
         for _ in range(self.t):
             state = rule110_step(state, self.width)
-        labels = unpack_bits(state, self.width)[:, : self.asked].reshape(B, self.strings, self.asked)
-        if self.ask == "bit":
-            # not in the paper: one query token, so that the first answer is predicted after the last string is evicted
-            shown = np.concatenate([np.full((B, 1), 2), labels[:, :-1, 0]], axis=1)
-        else:
-            query = np.broadcast_to(2 + np.arange(self.strings)[None, :, None], (B, self.strings, 1))
-            shown = np.concatenate([query, labels[:, :, :-1]], axis=2).reshape(B, -1)
+        labels = unpack_bits(state, self.width)[:, : self.asked].reshape(B, -1, self.answer_tokens)
+        # not in the paper: a query token, so that the first answer is predicted after the last string is evicted; the
+        # earlier answers follow it
+        query = np.broadcast_to(2 + np.arange(labels.shape[1])[:, None], (B, labels.shape[1], 1))
+        shown = np.concatenate([query, labels[:, :, :-1]], axis=2).reshape(B, -1)
         x = np.concatenate([context, shown], axis=1)  # (B, T)
         y = np.concatenate([x[:, 1 : self.context + 1], labels.reshape(B, -1)], axis=1)
         m = np.zeros((B, self.T), dtype=bool)

@@ -1552,10 +1552,10 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
         if task.name == "rule110":
             every = range(task.context, task.T)
             first = every if task.ask == "bit" else every[:: task.width]
-            for key, where in {"exact": first, "rows": every}.items() if task.ask == "row" else {("exact", first)}:
+            asked = [("exact", "bit", first), ("rows", "rows bit", every)]
+            for key, bit, where in asked[: 1 if task.ask == "bit" else 2]:
                 count(f"t={task.t} {key}", where, row, tuple(y[row, where].tolist()), 0.5 ** len(where), where)
                 for p in where:
-                    bit = "bit" if key == "exact" else "rows bit"
                     count(f"t={task.t} {bit}", [p], row, int(y[row, p]), 0.5, [p])
             continue
         if task.name == "gsm":
@@ -2088,7 +2088,8 @@ def test_eval_perfect_predictions_score_1_beside_chance(task):
     assert perfect["rows"]
     for key, row in perfect["rows"].items():
         assert row["accuracy"] == 1 and row["stderr"] == 0 and hopeless["rows"][key]["accuracy"] == 0
-        assert 0 < row["uniform"] < 1 and (0 < row["majority"] <= 1 or key.endswith(" rows"))  # no row is all ones
+        assert 0 < row["uniform"] < 1
+        assert 0 < row["majority"] <= 1 or key.endswith(" rows")  # no problem's rows are all ones
     assert perfect["loss"] == pytest.approx(float(ce[m].mean()), rel=1e-5) and perfect["passes"] == 2.5
 
 
@@ -3068,7 +3069,7 @@ def test_train_draws_N_for_every_step(tmp_path):
     assert result["flops"] == lines[-1]["flops"] == sum(fixed[n - 1] for n in drawn[:20])
 
 
-def test_train_grows_passes_and_steps_together(tmp_path, monkeypatch):
+def test_train_grows_passes_and_steps_together(tmp_path):
     """--grow asks for other steps than it has passes for, comes too early or too late, or leaves what was learnt."""
     flags = ("--t", 8, "--N", 4, "--ask", "row", "--grow", 0.5, "--steps", 400, "--eval-every", 400)
     config = config_of(RULE110, *flags, "--out", tmp_path / "run")
