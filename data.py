@@ -355,11 +355,18 @@ class Depo:
         m                                                                   ^     ^     ^
 
     The scored tokens are <answer> and the answer's name, and m marks the positions that predict them, one earlier.
+
+    not in the paper: with t, all questions of all problems ask for t hops, so a question is a name. What is predicted
+    there is the answer, and nobody sees earlier answers. With t=2, nodes=3, queries=3, name_tokens=1:
+
+        x    ru ka   ka mi   mi ru   ka ru mi
+        y                            ru mi ka
+        m                            ^  ^  ^
     """
 
     name = "depo"
 
-    def __init__(self, nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3):
+    def __init__(self, nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, t=None):
         if name_tokens not in (1, 2):
             raise ValueError(f"--name-tokens is {name_tokens}: a name has 1 or 2 tokens")
         names = MINI_VOCAB if name_tokens == 1 else MINI_VOCAB + MINI_VOCAB**2
@@ -373,15 +380,19 @@ class Depo:
             raise ValueError(f"--queries is {queries}: use 1 to {nodes}, each starts from another one of the nodes")
         if not 3 <= min_nodes <= nodes:
             raise ValueError(f"--min-nodes is {min_nodes}: use 3 to {nodes} (--nodes)")
-        self.nodes, self.hops, self.queries = nodes, hops, queries
+        if t is not None and t < 1:
+            raise ValueError(f"--t is {t}: use 1 hop or more")
+        if t is not None and name_tokens > 1:
+            raise ValueError("--name-tokens 2 does not go with --t: a question is one token, use --name-tokens 1")
+        self.nodes, self.hops, self.queries, self.t = nodes, hops, queries, t
         self.name_tokens, self.min_nodes = name_tokens, min_nodes
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
         self.answer = self.query + hops + 1
-        self.pad = self.answer + 1
+        self.pad = self.answer + 1 if t is None else 2 * MINI_VOCAB
         self.vocab_size = self.pad + 1
-        self.prompt, self.answer_tokens = "", 1 + name_tokens
+        self.prompt, self.answer_tokens = "", 1 + name_tokens if t is None else 1
         self.context = 2 * name_tokens * nodes
-        self.T = self.context + queries * (2 + 2 * name_tokens)
+        self.T = self.context + queries * (2 + 2 * name_tokens if t is None else 1)
         # name id -> its tokens, -1 where there is none; the id after the last one is "no node here"
         self.none = names
         self.spelling = np.full((names + 1, name_tokens), -1)
@@ -389,6 +400,10 @@ class Depo:
         if name_tokens == 2:
             first, last = np.divmod(np.arange(MINI_VOCAB**2), MINI_VOCAB)
             self.spelling[MINI_VOCAB:-1] = np.stack([first, MINI_VOCAB + last], axis=1)
+
+    def at(self, t):
+        """The same task with another number of hops for all questions."""
+        return Depo(self.nodes, self.hops, self.queries, self.name_tokens, self.min_nodes, t)
 
     def _draw(self, rng, split, rows):
         """Hashes (rows,) and cycles: n (rows,), each place's node and its successor, name ids (rows, nodes)."""
@@ -408,16 +423,20 @@ class Depo:
         return splitmix64(hashes), [n, node, successor]
 
     def _questions(self, rng, n, node):
-        """Queries of 1 to self.hops hops as tokens, -1 for none, int64 (B, queries, 2 + 2 * name_tokens)."""
+        """
+        Queries as tokens, -1 for none, int64 (B, queries, 2 + 2 * name_tokens). With self.t (B, queries, 1), and the
+        answers in the same way, else None.
+        """
         B = len(n)
         asked = np.arange(self.queries) < n[:, None]  # (B, queries)
         start = shuffle(rng, n, self.nodes)[:, : self.queries]  # places on the cycle, none twice
-        k = rng.integers(1, self.hops + 1, (B, self.queries))
+        k = rng.integers(1, self.hops + 1, (B, self.queries)) if self.t is None else self.t
         # not in the paper: hops wrap around on cycles shorter than k, and a cycle of n < queries nodes gets n queries
-        end = (start + k) % n[:, None]
-        columns = [(self.query + k)[..., None], self.spelling[take(node, start)]]
-        columns += [np.full((B, self.queries, 1), self.answer), self.spelling[take(node, end)]]
-        return np.where(asked[..., None], np.concatenate(columns, axis=2), -1)
+        start, end = (self.spelling[take(node, place)] for place in (start, (start + k) % n[:, None]))
+        if self.t is not None:
+            return tuple(np.where(asked[..., None], names, -1) for names in (start, end))
+        columns = [(self.query + k)[..., None], start, np.full((B, self.queries, 1), self.answer), end]
+        return np.where(asked[..., None], np.concatenate(columns, axis=2), -1), None
 
     def batch(self, seed, split, s, B):
         """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). Training cycles vary in size."""
@@ -426,7 +445,7 @@ class Depo:
         order = shuffle(rng, n, self.nodes)
         edges = np.stack([take(node, order), take(successor, order)], axis=2)  # (B, nodes, 2)
         facts = self.spelling[edges].reshape(B, -1)  # (B, context), -1 in the gaps
-        asks = self._questions(rng, n, node)
+        asks, answers = self._questions(rng, n, node)
         scored = np.zeros(asks.shape, dtype=bool)
         scored[:, :, 1 + self.name_tokens :] = True  # <answer> and the answer's name
         asks, scored = asks.reshape(B, -1), scored.reshape(B, -1)  # (B, T - context)
@@ -443,7 +462,11 @@ class Depo:
         inside = (column >= self.context) & (column < stop)
         seq[inside] = asks[some]
         m[inside] = scored[some]
-        return as_tensors(seq[:, :-1], seq[:, 1:], m[:, 1:])
+        x, y, m = seq[:, :-1], seq[:, 1:].copy(), m[:, 1:]
+        if self.t is not None:  # predicted at the question's own token, instead of the one that follows
+            m = inside[:, :-1]
+            y[m] = answers[answers >= 0]
+        return as_tensors(x, y, m)
 
     def problem_hashes(self, x):
         """The hash of every row's successor map, recomputed from the tokens. x: (B, T) int64 -> uint64 (B,)."""
@@ -459,7 +482,8 @@ class Depo:
 
     def _words(self):
         words = [s + "-" for s in SYLLABLES] + SYLLABLES
-        return words + [f"<query_{k}>" for k in range(1, self.hops + 1)] + ["<answer>", "<pad>"]
+        asking = [f"<query_{k}>" for k in range(1, self.hops + 1)] + ["<answer>"]
+        return words + (asking if self.t is None else []) + ["<pad>"]
 
     def encode(self, text):
         """The inverse of decode, a list of int. Raises ValueError that names the words it has not."""
@@ -472,14 +496,22 @@ class Depo:
         after = np.full((len(x), self.none + 1), self.none)
         after[row[::2], name[::2]] = name[1::2]  # names alternate: source, destination
         reached, found = after, {}
-        for k in range(1, self.hops + 1):
+        for k in range(1, (self.t or self.hops) + 1):
             found[f"hops {k}"] = np.where(reached == self.none, -1, reached)[:, :-1]
             reached = take(after, reached)
         return found
 
+    def _queries(self, x):
+        """Where queries begin, bool (B, T): at <query_k>, or with self.t at the names that follow the context."""
+        if self.t is None:
+            return (x > self.query) & (x < self.answer)
+        return (np.arange(x.shape[1]) >= self.context) & (x != self.pad)
+
     def _by_hops(self, x, values):
         """Sort one value per query by its hop count. x: (B, T), values: (Q,) in reading order -> dict of arrays."""
-        row, col = np.nonzero((x > self.query) & (x < self.answer))
+        if self.t is not None:
+            return {f"hops {self.t}": values}
+        row, col = np.nonzero(self._queries(x))
         k = x[row, col] - self.query
         # a later query can find edges of the cycle in the answers before it; a row's first query cannot
         first = np.ones(len(row), dtype=bool)
@@ -489,13 +521,13 @@ class Depo:
 
     def _query_of(self, x):
         """The query each position belongs to, counted through the batch, and how many there are. x: (B, T) array."""
-        asks = (x > self.query) & (x < self.answer)
+        asks = self._queries(x)
         return asks.cumsum().reshape(x.shape) - 1, int(asks.sum())
 
     def score(self, x, y, m, pred):
         """
         All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for k in 1..hops, and "first hops k" for
-        each row's first query only. Right means every token of the answer's name; <answer> itself does not count.
+        each row's first query only; with t "hops t" alone. Right means every token of the answer's name; <answer> itself does not count.
         """
         x, y, m, pred = as_arrays(x, y, m, pred)
         query, Q = self._query_of(x)
@@ -543,13 +575,15 @@ class Depo:
         lines = [f"  edges, after {(context == self.pad).sum()} <pad>:"]
         lines += [f"    {spell[a]} {spell[b]}" for a, b in successor.items()]
         lines.append("  queries:")
-        asks = np.flatnonzero((x > self.query) & (x < self.answer))
+        asks = np.flatnonzero(self._queries(x.numpy()[None])[0])
         words = bracket(self, x, y, m)
         for start, stop in zip(asks, [*asks[1:], self.T]):
             walk = [read_names(x[None, start:stop].numpy())[1][0]]
-            for _ in range(int(x[start]) - self.query):
+            for _ in range(self.t or int(x[start]) - self.query):
                 walk.append(successor[walk[-1]])
             text = " ".join(w for w in words[start - self.context : stop - self.context] if w != "<pad>")
+            if self.t is not None:
+                text = f"{spell[walk[0]]} [{self.decode(y[start : start + 1])}]"
             lines += ["    " + text.replace("- ", "-"), "        because " + " > ".join(spell[i] for i in walk)]
         return lines
 
@@ -1536,7 +1570,7 @@ TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSMInfinite}
 # sizes a person can follow; the constructors' own defaults are the paper's
 EXAMPLE_SIZES = {
     "rule110": {"width": 12, "t": 4, "strings": 4, "ask": "bit"},
-    "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3},
+    "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3, "t": None},
     "gsm": {
         "op": 6, "min_op": 0, "min_length": 260, "max_length": 300, "L": 256, "name_words": 2, "mode": "both",
         "difficulty": "both", "question": "first", "worked": False,
@@ -1578,11 +1612,11 @@ def main():
     for task, sizes in EXAMPLE_SIZES.items():
         for size, default in sizes.items():
             flag = "--" + size.replace("_", "-")
-            text = f"{task} only, here {default} unless given"
+            text = f"{task} only, here {default or 'left out'} unless given"
             if isinstance(default, bool):
                 parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
-                kind = type(default)
+                kind = int if default is None else type(default)
                 parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     args = parser.parse_args()
     given = {size: v for sizes in EXAMPLE_SIZES.values() for size in sizes if (v := getattr(args, size)) is not None}

@@ -377,7 +377,8 @@ NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is the difficulty of R
 
 def describe(config):
     """A task and its sizes for a heading, without Rule 110's t: "depo, nodes 75, hops 16, ..."."""
-    sizes = (size for size in EXAMPLE_SIZES[config["task"]] if size != "t")
+    hidden = {"t", "hops"} if config["task"] == "depo" and config["t"] else {"t"}
+    sizes = (size for size in EXAMPLE_SIZES[config["task"]] if size not in hidden)
     return ", ".join([config["task"], *(f"{size.replace('_', ' ')} {config[size]}" for size in sizes)])
 
 
@@ -727,7 +728,7 @@ def plot(columns, path, problems):
     labels, handles = zip(*legend)
     ncols = len(labels) if sum(map(len, labels)) < 74 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
-    t = sorted({run["evaluated_t"] for run in runs}) if config["task"] == "rule110" else []
+    t = sorted({run["evaluated_t"] for run in runs} - {None})
     sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     lines = textwrap.wrap(sizes, 110) + [f"{counts(columns)}, {problems}{spread}"]
@@ -1274,7 +1275,7 @@ def parse_args(argv):
     parser.add_argument("--N", type=int, nargs="+", help="sleep passes (default: as each run was trained)")
     text = "adaptive N: at most the largest N passes, until one changes the fast weights by no more than this fraction"
     parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
-    text = "Rule 110: score with so many steps of the automaton (default: as each run was trained)"
+    text = "Rule 110: score with so many steps of the automaton, Depo with --t: hops (default: as each run was trained)"
     parser.add_argument("--t", type=int, nargs="+", help=text)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="--cost: length of the stream (default 1000000)")
     parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")
@@ -1353,8 +1354,8 @@ def score_run(run, loaded, args):
 
 def compare(args, loaded):
     """Score every run, print the tables, write the files. Raises ValueError or OSError for what a user can mend."""
-    if args.t and loaded[0][1].name != "rule110":
-        raise ValueError(f"--t is for Rule 110, {args.runs[0]} is {loaded[0][1].name}: leave --t out")
+    if args.t and getattr(loaded[0][1], "t", None) is None:
+        raise ValueError(f"--t is for runs that were trained with --t, {args.runs[0]} was not: leave it out")
     jobs = []
     for path, (model, task, config, progress) in zip(args.runs, loaded):
         tasks = [build_task(config | {"t": t}) for t in dict.fromkeys(args.t)] if args.t else [task]

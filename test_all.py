@@ -1385,11 +1385,13 @@ def parse_depo(task, x, y, m):
 
     Tokens: 0..49 go on a name, 50..99 end it, then <query_1>.. <query_hops>, <answer>, <pad>. `where` are the positions
     that predict the answer's name, `answer` its tokens. Asserts the grammar and the mask on the way.
+    With task.t a query is a name alone, its answer the target there, and there are no tokens for queries and answers.
     """
     x, y, m = x.tolist(), y.tolist(), m.tolist()
-    answer, pad = 100 + task.hops, 101 + task.hops
-    tokens = x + y[-1:]
-    assert x[1:] == y[:-1] and task.vocab_size == pad + 1
+    answer, pad = (100 + task.hops, 101 + task.hops) if task.t is None else (None, 100)
+    tokens = x + (y[-1:] if task.t is None else [pad])
+    assert task.vocab_size == pad + 1
+    assert all(a == b for a, b, scored in zip(y, tokens[1:], m) if task.t is None or not scored)
 
     def name_at(i):
         stop = i + 1 if tokens[i] >= 50 else i + 2
@@ -1406,6 +1408,12 @@ def parse_depo(task, x, y, m):
         successor[source] = target
     assert i == task.context
     while i <= task.T and tokens[i] != pad:
+        if task.t is not None:
+            start, stop = name_at(i)
+            queries.append((task.t, start, [i], (y[i],)))
+            scored.add(i)
+            i = stop
+            continue
         k = tokens[i] - 99
         assert 1 <= k <= task.hops
         start, i = name_at(i + 1)
@@ -1420,6 +1428,7 @@ def parse_depo(task, x, y, m):
 
 
 DEPO_SIZES = ((75, 16, 10, 2, 3), (8, 4, 8, 1, 8), (6, 6, 5, 2, 3), (50, 3, 2, 1, 20))
+DEPO_SIZES += ((8, 4, 8, 1, 8, 3), (9, 1, 6, 1, 3, 11))  # the last one is t
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
@@ -1447,6 +1456,7 @@ def test_data_depo_by_walking_the_cycle_that_the_tokens_spell(sizes, split):
 
 
 TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Rule110(12, 3, 2, "row"), Depo(8, 4, 8, 1, 8), Depo(9, 5, 5, 2, 3))
+TASKS += (Depo(9, 4, 6, 1, 3, 5),)
 TASKS += (Depo(), GSMInfinite(3, 1, 101, 128, 100, 1), GSMInfinite(8, 2, 302, 380, 301, worked=True))
 
 
@@ -1570,9 +1580,9 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
             continue
         successor, queries = parse_depo(task, x[row], y[row], m[row])
         for i, (k, _, where, name) in enumerate(queries):
-            for key in (f"hops {k}", f"first hops {k}")[: 2 if i == 0 else 1]:
+            for key in (f"hops {k}", f"first hops {k}")[: 2 if i == 0 and task.t is None else 1]:
                 possible = len(successor) - (k % len(successor) != 0)  # not the start, unless the walk ends there
-                count(key, where, row, name, 1 / possible, [where[0] - 1, *where])
+                count(key, where, row, name, 1 / possible, [where[0] - 1, *where] if task.t is None else where)
     scores, losses, chance = task.score(x, y, m, pred), task.losses(x, y, m, ce), task.chance(x, y, m)
     assert scores.keys() == losses.keys() == chance.keys() and right.keys() == {k for k in scores if len(scores[k])}
     for key in right:

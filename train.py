@@ -91,7 +91,7 @@ class Config:
     L: int = flag(None, "window in tokens; must divide the task's context")
     # the task
     width: int = flag(None, "rule110: bits per string")
-    t: int = flag(None, "rule110: steps of the automaton")
+    t: int = flag(None, "rule110: steps of the automaton; depo: every question asks for t hops and does not say so")
     strings: int = flag(None, "rule110: strings per problem")
     ask: str = flag("bit", "rule110: for each string's first bit, as in the paper, or for its whole row")
     nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
@@ -123,7 +123,7 @@ class Config:
     reinject: bool = flag(False, "every pass after the first sees the embedded tokens again, added to the features")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     grow: float = flag(
-        0.0, "rule110: draw n of the N passes and ask for n/N of t; the most doubles up to N in this fraction of steps"
+        0.0, "with --t: draw n of the N passes and ask for n/N of t; the most doubles up to N in this fraction of steps"
     )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
@@ -283,7 +283,8 @@ def check(config, given):
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
-    needed = [*EXAMPLE_SIZES[config.task], *"pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()]
+    needed = [size for size, example in EXAMPLE_SIZES[config.task].items() if example is not None]
+    needed += "pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()
     if missing := [name for name in needed if getattr(config, name, None) is None]:
         raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}: add it there")
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
@@ -314,8 +315,8 @@ def check(config, given):
     task = build_task(vars(config))
     if not 0 <= config.grow <= 1:
         raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
-    if config.grow and (task.name != "rule110" or task.t % config.N or config.random_N):
-        raise ValueError("--grow is for rule110 with a --t that is a multiple of --N; it draws N itself, no --random-N")
+    if config.grow and (config.t is None or config.t % config.N or config.random_N):
+        raise ValueError("--grow needs a --t that is a multiple of --N; it draws N itself, so --random-N does not fit")
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
