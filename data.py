@@ -527,7 +527,8 @@ class Depo:
     def score(self, x, y, m, pred):
         """
         All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for k in 1..hops, and "first hops k" for
-        each row's first query only; with t "hops t" alone. Right means every token of the answer's name; <answer> itself does not count.
+        each row's first query only; with t "hops t" alone. Right means every token of the answer's name; <answer>
+        itself does not count.
         """
         x, y, m, pred = as_arrays(x, y, m, pred)
         query, Q = self._query_of(x)

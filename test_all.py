@@ -2044,6 +2044,7 @@ QUICK = "--preset tiny --d-model 16 --n-head 2 --batch 8 --steps 20 --eval-every
 QUICK += "--log-every 1 --save-every 5 --device cpu --no-compile"
 RULE110 = f"--task rule110 --width 8 --strings 2 --t 1 --L 8 --N 2 --sleep-attention causal {QUICK}"
 DEPO = f"--task depo --nodes 6 --hops 2 --queries 2 --name-tokens 2 --min-nodes 3 --L 12 --N 3 {QUICK}"
+DEPO_T = f"--task depo --nodes 6 --t 4 --queries 5 --name-tokens 1 --min-nodes 3 --L 6 --N 2 {QUICK}"
 ONE_BLOCK = RULE110 + " --pattern D --N 1 --strings 1 --no-positions"  # compiled it is two graphs: that is slow
 
 
@@ -2191,9 +2192,31 @@ def test_eval_asks_for_other_steps_than_trained(finished, tmp_path, monkeypatch,
     assert call(evaluation.main, monkeypatch, argv) == 0
     assert "trained t 1" in (said := capsys.readouterr().out) and "trained t 3" in said
     assert call(evaluation.main, monkeypatch, [finished["depo"], "--t", 3]) == 2
-    assert_one_line(capsys.readouterr().err, "--t is for Rule 110")
+    assert_one_line(capsys.readouterr().err, "--t is for runs that were trained with --t")
     assert call(evaluation.main, monkeypatch, [finished["rule110"], "--t", -1]) == 2
     assert_one_line(capsys.readouterr().err, "--t is -1")
+
+
+def test_eval_asks_for_other_hops_than_trained(tmp_path, monkeypatch, capsys):
+    """--t scores other hops of Depo than it says, or a chat has no answer to a name."""
+    config, out = config_of(DEPO_T, "--steps", 2, "--out", tmp_path / "run"), tmp_path / "hops.json"
+    assert train.run(config) == 0
+    argv = [config.out, "--n", 30, "--t", 4, 7, "--N", 2, 3, "--json", out, "--mistakes", 1]
+    assert call(evaluation.main, monkeypatch, argv) == 0
+    printed = capsys.readouterr().out
+    assert "| hops 7 |" in printed and f"{config.out}, t=7 |" in printed and "depo, nodes 6, queries 5" in printed
+    model, task, flags, _ = evaluation.load_run(config.out, "cpu")
+    for run in json.loads(out.read_text())["runs"]:
+        N, t = run["evaluated_N"], run["evaluated_t"]
+        algorithm = evaluation.algorithm_of(model, flags | {"N": N})
+        want = evaluation.evaluate(algorithm, Depo(6, 4, 5, 1, 3, t), "test", config.L, 30, 0, evaluation.BATCH)
+        assert run["rows"] == want["rows"] and list(run["rows"]) == [f"hops {t}"]
+        assert run["rows"][f"hops {t}"]["n"] == 30 * 5
+    talk, (x, _, m) = evaluation.Chat(model, task, flags), task.batch(0, "test", 0, 1)
+    talk.line(task.decode(x[0, : task.context]))
+    talk.line("? " + task.decode(x[0, -5:-4]))
+    said = Algorithm1(model, SleepConfig(2)).logits(x, m, split_chunks(m, config.L))[0][0, :1].argmax(-1)
+    assert f"  {task.decode(said)}\n" in capsys.readouterr().out
 
 
 def test_eval_linear_probe_finds_what_is_there_and_nothing_else():
@@ -2799,8 +2822,9 @@ def assert_resumes_exactly(flags, folder, monkeypatch):
         RULE110 + " --evict sliding --learn delta --strings 3",
         DEPO + " --random-N --sleep-attention full --answer-passes 2",
         RULE110 + " --ask row --t 4 --grow 0.6",
+        DEPO_T + " --grow 0.6",
     ),
-    ids=("rule110", "depo", "sliding", "random N", "grow"),
+    ids=("rule110", "depo", "sliding", "random N", "grow", "growing hops"),
 )
 def test_train_resumed_run_is_the_uninterrupted_run(flags, tmp_path, monkeypatch):
     """A checkpoint misses something: optimizer state, step, data position, random state."""
@@ -2868,7 +2892,9 @@ BAD_FLAGS = {
     "unknown eviction": ("--evict soft", "--evict"),
     "workers": ("--workers -1", "--workers"),
     "neither bit nor row": ("--ask rows", "--ask"),
-    "growing hops": ("--grow 0.5", "--grow"),
+    "nothing to grow": ("--grow 0.5", "--grow"),
+    "long names on one token": ("--t 3", "--name-tokens"),
+    "no hops": ("--t 0 --name-tokens 1", "--t"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
     "loop that is no range": ("--loop nonsense", "--loop"),
@@ -3104,6 +3130,19 @@ def test_train_grows_passes_and_steps_together(tmp_path):
     assert [line["passes"] for line in read_log(tmp_path / "run")] == [train.passes_of(s, config) for s in range(20)]
     val = read_log(tmp_path / "run", "val")[-1]["scores"]
     assert val["passes"] == 4 and list(val["rows"])[:2] == ["t=8 exact", "t=8 rows"]  # it is judged at its N and t
+
+
+def test_train_grows_passes_and_hops_together():
+    """--grow asks Depo for other hops than it has passes for, or the tokens change with them."""
+    config = config_of(DEPO_T, "--grow", 0.5, "--steps", 40)
+    batches = train.Batches(train.build_task(vars(config)), config)
+    drawn = [train.passes_of(step, config) for step in range(40)]
+    assert set(drawn[:20]) == {1} and set(drawn[20:]) == {1, 2}
+    for step in range(18, 26):
+        ((x, y, m, _),), _ = batches.get(step)
+        want = Depo(6, 4, 5, 1, 3, 2 * drawn[step]).batch(config.seed, "train", step, config.batch)
+        assert all(torch.equal(a, b) for a, b in zip((x, y, m), want))
+    batches.close()
 
 
 @pytest.mark.parametrize(
