@@ -16,6 +16,8 @@ multiple of the window L), `T` (tokens in every row), and
 and for some purposes
     encode(text), prompt, answer_tokens     for a chat: text to ids, what follows the context to make the model answer
                                             ("": the user's question), and how many tokens an answer has at most
+    t, at(t)                                for --grow and eval.py --t: how many steps answers are away (None: no such
+                                            number), and the same task with another t
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
@@ -23,6 +25,7 @@ Batch s of a split is a pure function of (seed, split, s, B): nothing is stored,
 To see three examples that can be checked by hand:
     $ python data.py --task rule110
     $ python data.py --task depo --nodes 8 --hops 4
+    $ python data.py --task depo --name-tokens 1 --t 4
     $ python data.py --task gsm --op 6
 
 Based on section 3 of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
@@ -356,8 +359,9 @@ class Depo:
 
     The scored tokens are <answer> and the answer's name, and m marks the positions that predict them, one earlier.
 
-    not in the paper: with t, all questions of all problems ask for t hops, so a question is a name. What is predicted
-    there is the answer, and nobody sees earlier answers. With t=2, nodes=3, queries=3, name_tokens=1:
+    not in the paper: with t, all questions of all problems ask for t hops, so a question is a name, and the answer is
+    predicted at that name. Later questions see earlier questions, never answers. With t=2, nodes=3, queries=3,
+    name_tokens=1:
 
         x    ru ka   ka mi   mi ru   ka ru mi
         y                            ru mi ka
@@ -372,6 +376,9 @@ class Depo:
         names = MINI_VOCAB if name_tokens == 1 else MINI_VOCAB + MINI_VOCAB**2
         if not 3 <= nodes <= names:
             raise ValueError(f"--nodes is {nodes}: use 3 to {names} with --name-tokens {name_tokens}")
+        if t is not None and not 1 <= t < nodes:
+            raise ValueError(f"--t is {t}: on cycles of {nodes} nodes use 1 to {nodes - 1} hops")
+        hops = hops if t is None else t
         if hops < 1:
             raise ValueError(f"--hops is {hops}: use 1 or more")
         if hops > nodes:
@@ -380,15 +387,15 @@ class Depo:
             raise ValueError(f"--queries is {queries}: use 1 to {nodes}, each starts from another one of the nodes")
         if not 3 <= min_nodes <= nodes:
             raise ValueError(f"--min-nodes is {min_nodes}: use 3 to {nodes} (--nodes)")
-        if t is not None and t < 1:
-            raise ValueError(f"--t is {t}: use 1 hop or more")
         if t is not None and name_tokens > 1:
             raise ValueError("--name-tokens 2 does not go with --t: a question is one token, use --name-tokens 1")
         self.nodes, self.hops, self.queries, self.t = nodes, hops, queries, t
         self.name_tokens, self.min_nodes = name_tokens, min_nodes
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
         self.answer = self.query + hops + 1
-        self.pad = self.answer + 1 if t is None else 2 * MINI_VOCAB
+        self.pad = self.answer + 1
+        if t is not None:  # these two are no tokens then
+            self.query, self.answer, self.pad = -1, -1, 2 * MINI_VOCAB
         self.vocab_size = self.pad + 1
         self.prompt, self.answer_tokens = "", 1 + name_tokens if t is None else 1
         self.context = 2 * name_tokens * nodes
@@ -424,8 +431,8 @@ class Depo:
 
     def _questions(self, rng, n, node):
         """
-        Queries as tokens, -1 for none, int64 (B, queries, 2 + 2 * name_tokens). With self.t (B, queries, 1), and the
-        answers in the same way, else None.
+        Returns the queries, and the answers if they are no part of these. Without self.t: tokens, -1 for none, int64
+        (B, queries, 2 + 2 * name_tokens), and None. With self.t: two such arrays (B, queries, 1), starts and answers.
         """
         B = len(n)
         asked = np.arange(self.queries) < n[:, None]  # (B, queries)
@@ -447,7 +454,7 @@ class Depo:
         facts = self.spelling[edges].reshape(B, -1)  # (B, context), -1 in the gaps
         asks, answers = self._questions(rng, n, node)
         scored = np.zeros(asks.shape, dtype=bool)
-        scored[:, :, 1 + self.name_tokens :] = True  # <answer> and the answer's name
+        scored[:, :, 1 + self.name_tokens :] = True  # <answer> and the answer's name; nothing with self.t
         asks, scored = asks.reshape(B, -1), scored.reshape(B, -1)  # (B, T - context)
 
         # close the gaps: both sides of these assignments run through a row's tokens in reading order
@@ -462,9 +469,9 @@ class Depo:
         inside = (column >= self.context) & (column < stop)
         seq[inside] = asks[some]
         m[inside] = scored[some]
-        x, y, m = seq[:, :-1], seq[:, 1:].copy(), m[:, 1:]
-        if self.t is not None:  # predicted at the question's own token, instead of the one that follows
-            m = inside[:, :-1]
+        x, y, m = seq[:, :-1], seq[:, 1:], m[:, 1:]
+        if self.t is not None:
+            y, m = y.copy(), inside[:, :-1]  # x and y share their memory
             y[m] = answers[answers >= 0]
         return as_tensors(x, y, m)
 
@@ -496,7 +503,7 @@ class Depo:
         after = np.full((len(x), self.none + 1), self.none)
         after[row[::2], name[::2]] = name[1::2]  # names alternate: source, destination
         reached, found = after, {}
-        for k in range(1, (self.t or self.hops) + 1):
+        for k in range(1, self.hops + 1):
             found[f"hops {k}"] = np.where(reached == self.none, -1, reached)[:, :-1]
             reached = take(after, reached)
         return found
@@ -538,7 +545,8 @@ class Depo:
     def losses(self, x, y, m, ce):
         """
         The same keys as score -> means of the cross-entropies ce (B, T), in nats; nan if empty. "loss" is per token of
-        the answers' names; "scored_loss" is per scored token, so it counts the easy <answer> in and is the lower one.
+        the answers' names; "scored_loss" is per scored token, so it counts the easy <answer> in and is the lower one
+        (with t, where there is no <answer>, they are the same).
         """
         x, y, m, ce = as_arrays(x, y, m, ce)
         query, Q = self._query_of(x)
@@ -582,8 +590,9 @@ class Depo:
             walk = [read_names(x[None, start:stop].numpy())[1][0]]
             for _ in range(self.t or int(x[start]) - self.query):
                 walk.append(successor[walk[-1]])
-            text = " ".join(w for w in words[start - self.context : stop - self.context] if w != "<pad>")
-            if self.t is not None:
+            if self.t is None:
+                text = " ".join(w for w in words[start - self.context : stop - self.context] if w != "<pad>")
+            else:
                 text = f"{spell[walk[0]]} [{self.decode(y[start : start + 1])}]"
             lines += ["    " + text.replace("- ", "-"), "        because " + " > ".join(spell[i] for i in walk)]
         return lines
@@ -1606,21 +1615,24 @@ def write_json(path, content):
 def main():
     """Read the command line and print three examples."""
     text = "Print three examples of a task; scored tokens stand in [brackets]."
-    parser = Parser(description=text, conflict_handler="resolve")  # a new task may share the name of a size
+    parser = Parser(description=text)
     parser.add_argument("--task", choices=TASKS, default="rule110")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")
+    defaults = {}  # tasks may share the name of a size
     for task, sizes in EXAMPLE_SIZES.items():
         for size, default in sizes.items():
-            flag = "--" + size.replace("_", "-")
-            text = f"{task} only, here {default or 'left out'} unless given"
-            if isinstance(default, bool):
-                parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-            else:
-                kind = int if default is None else type(default)
-                parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+            defaults.setdefault(size, {})[task] = default
+    for size, of_task in defaults.items():
+        flag, kind = "--" + size.replace("_", "-"), type(max(of_task.values(), key=lambda v: v is not None))
+        shown = {task: "left out" if default is None else default for task, default in of_task.items()}
+        text = ", ".join(f"{task}: {default}" for task, default in shown.items()) + " unless given"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     args = parser.parse_args()
-    given = {size: v for sizes in EXAMPLE_SIZES.values() for size in sizes if (v := getattr(args, size)) is not None}
+    given = {size: v for size in defaults if (v := getattr(args, size)) is not None}
     for size in given:
         if size not in EXAMPLE_SIZES[args.task]:
             parser.error(f"--{size.replace('_', '-')} is not a size of {args.task}")

@@ -320,7 +320,9 @@ def mistakes(task, x, y, m, pred, count):
         example = task.explain(x[i], y[i], m[i])
         lines += [f"\nexample {i + 1}", *(example if task.name == "gsm" else shorten(example))]
         scored = m[i].nonzero().flatten()
-        parts = np.split(scored, np.flatnonzero(np.diff(scored) > 1) + 1)  # scored tokens side by side: one answer
+        # scored tokens side by side are one answer, or several of full length
+        runs = scored.tensor_split((np.flatnonzero(np.diff(scored) > 1) + 1).tolist())
+        parts = [part for run in runs for part in run.split(task.answer_tokens)]
         for j, part in enumerate(parts):
             if (pred[i, part] != y[i, part]).any():
                 right, said = task.decode(y[i, part]), task.decode(pred[i, part])
@@ -372,11 +374,11 @@ def comparison_table(columns, field="accuracy"):
 # -----------------------------------------------------------------------------
 # several runs side by side
 
-NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is the difficulty of Rule 110: a line of the table
+NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is the difficulty of a task that has it: a line of the table
 
 
 def describe(config):
-    """A task and its sizes for a heading, without Rule 110's t: "depo, nodes 75, hops 16, ..."."""
+    """A task and its sizes for a heading, without t (and what it replaces): "depo, nodes 75, hops 16, ..."."""
     hidden = {"t", "hops"} if config["task"] == "depo" and config["t"] else {"t"}
     sizes = (size for size in EXAMPLE_SIZES[config["task"]] if size not in hidden)
     return ", ".join([config["task"], *(f"{size.replace('_', ' ')} {config[size]}" for size in sizes)])
@@ -491,7 +493,7 @@ def report(columns, args):
             header: [{key: r[key] for key in headline_keys(r)} for r in several] for header, several in rows.items()
         }
         lines += [
-            "\nCross-entropy in nats per scored token, <answer> and name.\n",
+            "\nCross-entropy in nats per scored token (<answer> and name; with --t the name).\n",
             comparison_table(rows, "scored_loss"),
         ]
     return "\n".join(lines)
@@ -562,7 +564,7 @@ def paper_points(run):
 
 
 def by_t(runs):
-    """Runs of one column, split by Rule 110's t: t (None for other tasks) -> list over seeds."""
+    """Runs of one column, split by t: t (None without one) -> list over seeds."""
     values = sorted({run["config"].get("t") for run in runs})
     return {t: [run for run in runs if run["config"].get("t") == t] for t in values}
 
@@ -623,6 +625,7 @@ def draw_curves(ax, columns):
         draw_floors(ax, first["rows"])
     names = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}
     what = names.get(first["config"]["task"], "all questions")
+    what = "all questions" if first["config"]["task"] == "depo" and first["config"].get("t") else what
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
     ax.set_xlim(0, 1.06 * end / unit or 1)
 

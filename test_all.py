@@ -1428,7 +1428,7 @@ def parse_depo(task, x, y, m):
 
 
 DEPO_SIZES = ((75, 16, 10, 2, 3), (8, 4, 8, 1, 8), (6, 6, 5, 2, 3), (50, 3, 2, 1, 20))
-DEPO_SIZES += ((8, 4, 8, 1, 8, 3), (9, 1, 6, 1, 3, 11))  # the last one is t
+DEPO_SIZES += ((8, 4, 8, 1, 8, 3), (9, 1, 6, 1, 3, 8))  # the sixth number is t
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
@@ -1483,11 +1483,13 @@ def test_data_hidden_facts_of_rule110_are_the_slow_automaton():
             cells = [int(each in ((1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 1, 0), (0, 0, 1))) for each in around]
 
 
-def test_data_hidden_facts_of_depo_are_walks():
+@pytest.mark.parametrize("sizes", ((7, 4, 3, 2, 3), (7, 2, 3, 1, 3, 4)), ids=str)
+def test_data_hidden_facts_of_depo_are_walks(sizes):
     """A probe would look for other successors than the cycle's, or for nodes that are not on it."""
-    task = Depo(7, 4, 3, 2, 3)
+    task = Depo(*sizes)
     x = task.batch(3, "train", 0, 20)[0]
     hidden = task.hidden(x)
+    assert list(hidden) == ["hops 1", "hops 2", "hops 3", "hops 4"]
     for row in range(20):
         _, name = data.read_names(x[row : row + 1, : task.context].numpy())
         after = dict(zip(name[::2].tolist(), name[1::2].tolist()))
@@ -2001,11 +2003,12 @@ def test_data_gsm_both_means_both():
     assert hard > 0.6 and 0.3 * hard < found["both", "both"][1] < 0.7 * hard
 
 
-@pytest.mark.parametrize("name", ("rule110", "depo"))
-def test_data_examples_can_be_checked_by_hand(name, monkeypatch, capsys):
+@pytest.mark.parametrize("name, more", (("rule110", {}), ("depo", {}), ("depo", {"name_tokens": 1, "t": 4})))
+def test_data_examples_can_be_checked_by_hand(name, more, monkeypatch, capsys):
     """`python data.py` prints other examples than asked for, or a walk or a step that does not lead to the answer."""
-    assert call(data.main, monkeypatch, ["--task", name, "--seed", "4", "--split", "val"]) == 0
-    shown, task = capsys.readouterr().out, data.TASKS[name](**data.EXAMPLE_SIZES[name])
+    flags = [text for size, value in more.items() for text in ("--" + size.replace("_", "-"), value)]
+    assert call(data.main, monkeypatch, ["--task", name, "--seed", "4", "--split", "val", *flags]) == 0
+    shown, task = capsys.readouterr().out, data.TASKS[name](**data.EXAMPLE_SIZES[name] | more)
     x, y, m = task.batch(4, "val", 0, 3)
     assert all("\n".join(task.explain(*row)) in shown for row in zip(x, y, m))
     for i, block in enumerate(shown.split("val example ")[1:]):
@@ -2018,6 +2021,7 @@ def test_data_examples_can_be_checked_by_hand(name, monkeypatch, capsys):
         spelled = {task.decode(a): task.decode(b) for a, b in successor.items()}
         for walk, (k, start, _, answer) in zip(walks, queries, strict=True):
             assert (len(walk), walk[0], walk[-1]) == (k + 1, task.decode(start), task.decode(answer))
+            assert not more or f"    {walk[0]} [{walk[-1]}]\n" in block
             assert all(spelled[a] == b for a, b in zip(walk, walk[1:]))
 
 
@@ -2201,10 +2205,12 @@ def test_eval_asks_for_other_hops_than_trained(tmp_path, monkeypatch, capsys):
     """--t scores other hops of Depo than it says, or a chat has no answer to a name."""
     config, out = config_of(DEPO_T, "--steps", 2, "--out", tmp_path / "run"), tmp_path / "hops.json"
     assert train.run(config) == 0
-    argv = [config.out, "--n", 30, "--t", 4, 7, "--N", 2, 3, "--json", out, "--mistakes", 1]
+    argv = [config.out, "--n", 30, "--t", 4, 5, "--N", 2, 3, "--json", out, "--mistakes", 1]
     assert call(evaluation.main, monkeypatch, argv) == 0
     printed = capsys.readouterr().out
-    assert "| hops 7 |" in printed and f"{config.out}, t=7 |" in printed and "depo, nodes 6, queries 5" in printed
+    assert "| hops 5 |" in printed and f"{config.out}, t=5 |" in printed and "depo, nodes 6, queries 5" in printed
+    assert call(evaluation.main, monkeypatch, [config.out, "--t", 6]) == 2
+    assert_one_line(capsys.readouterr().err, "--t is 6")
     model, task, flags, _ = evaluation.load_run(config.out, "cpu")
     for run in json.loads(out.read_text())["runs"]:
         N, t = run["evaluated_N"], run["evaluated_t"]
@@ -2737,6 +2743,14 @@ def test_eval_mistakes_show_what_was_wrong():
     right, said = (task.decode(a[3, -2:]) for a in (y, pred))
     assert f"is {right}, the model says {said}" in text
     assert evaluation.mistakes(task, x, y, m, y, 3) == "0 of 5 examples hold a mistake"
+    for task in (Rule110(8, 1, 2, "row"), Depo(6, 4, 5, 1, 6, 3)):  # answers side by side
+        x, y, m = task.batch(0, "test", 0, 5)
+        pred = y.clone()
+        pred[2, -1] = 1 - y[2, -1] if task.name == "rule110" else y[2, -2]
+        asked = task.T - task.context
+        right, said = (task.decode(a[2, -task.answer_tokens :]) for a in (y, pred))
+        last = f"  answer {asked // task.answer_tokens} is {right}, the model says {said}"
+        assert [line for line in evaluation.mistakes(task, x, y, m, pred, 3).splitlines() if "says" in line] == [last]
 
 
 def test_eval_chat_forgets(finished):
@@ -2893,8 +2907,7 @@ BAD_FLAGS = {
     "workers": ("--workers -1", "--workers"),
     "neither bit nor row": ("--ask rows", "--ask"),
     "nothing to grow": ("--grow 0.5", "--grow"),
-    "long names on one token": ("--t 3", "--name-tokens"),
-    "no hops": ("--t 0 --name-tokens 1", "--t"),
+    "hops said twice": ("--t 3", "--hops"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
     "loop that is no range": ("--loop nonsense", "--loop"),
@@ -3137,7 +3150,10 @@ def test_train_grows_passes_and_hops_together():
     config = config_of(DEPO_T, "--grow", 0.5, "--steps", 40)
     batches = train.Batches(train.build_task(vars(config)), config)
     drawn = [train.passes_of(step, config) for step in range(40)]
-    assert set(drawn[:20]) == {1} and set(drawn[20:]) == {1, 2}
+    assert set(drawn[:20]) == {1} and set(drawn[20:]) == {1, 2} and config.hops == 4
+    for wrong in (("--t", 0), ("--t", 6), ("--name-tokens", 2, "--L", 12), ("--grow", 0.5, "--t", 3)):
+        with pytest.raises(ValueError, match=wrong[0]):
+            config_of(DEPO_T, *wrong)
     for step in range(18, 26):
         ((x, y, m, _),), _ = batches.get(step)
         want = Depo(6, 4, 5, 1, 3, 2 * drawn[step]).batch(config.seed, "train", step, config.batch)

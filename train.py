@@ -91,11 +91,11 @@ class Config:
     L: int = flag(None, "window in tokens; must divide the task's context")
     # the task
     width: int = flag(None, "rule110: bits per string")
-    t: int = flag(None, "rule110: steps of the automaton; depo: every question asks for t hops and does not say so")
+    t: int = flag(None, "rule110: steps of the automaton; depo: all questions ask for t hops, one-token names only")
     strings: int = flag(None, "rule110: strings per problem")
     ask: str = flag("bit", "rule110: for each string's first bit, as in the paper, or for its whole row")
     nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
-    hops: int = flag(None, "depo: questions ask for the 1st to hops-th successor")
+    hops: int = flag(None, "depo: without --t, questions ask for the 1st to hops-th successor")
     queries: int = flag(None, "depo: questions per problem")
     name_tokens: int = flag(None, "depo: longest node name in tokens, 1 or 2")
     min_nodes: int = flag(None, "depo: shortest cycle in training")
@@ -265,6 +265,10 @@ def parse_config(argv):
             raise ValueError(f"the preset {config.preset} sets {name}, which is no flag: name it in Config")
         if name not in given:
             setattr(config, name, value)
+    if config.task == "depo" and config.t is not None:
+        if "hops" in given:
+            raise ValueError("--hops does not go with --t, which asks for t hops alone: leave one of them out")
+        config.hops = config.t
     if config.init_from:
         public = PRETRAINED[config.init_from]
         for name in {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(ModelConfig)}:
@@ -315,8 +319,12 @@ def check(config, given):
     task = build_task(vars(config))
     if not 0 <= config.grow <= 1:
         raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
-    if config.grow and (config.t is None or config.t % config.N or config.random_N):
-        raise ValueError("--grow needs a --t that is a multiple of --N; it draws N itself, so --random-N does not fit")
+    if config.grow and config.random_N:
+        raise ValueError("--grow draws the passes of each step, as does --random-N: leave one of them out")
+    if config.grow and config.t is None:
+        raise ValueError("--grow is for rule110, and for depo with --t: leave it out or give --t")
+    if config.grow and config.t % config.N:
+        raise ValueError(f"--grow asks for n/N of --t {config.t}: make it a multiple of --N {config.N}")
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
@@ -681,7 +689,7 @@ def passes_of(step, config):
 
 
 def task_of(step, config, task):
-    """What a training step asks: the task, or with --grow as many of its t steps as that step has of the N passes."""
+    """What a step asks: the task, or with --grow as many of its t steps or hops as that step has of the N passes."""
     return task.at(task.t * passes_of(step, config) // config.N) if config.grow else task
 
 
