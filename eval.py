@@ -623,9 +623,7 @@ def draw_curves(ax, columns):
     first = next(iter(columns.values()))[0]
     if not several_t and first["evaluated_t"] == first["config"].get("t"):
         draw_floors(ax, first["rows"])
-    names = {"rule110": "all answers exact", "depo": "all hops", "gsm": "all op"}
-    what = names.get(first["config"]["task"], "all questions")
-    what = "all questions" if first["config"]["task"] == "depo" and first["config"].get("t") else what
+    what = {"rule110": "all answers exact", "gsm": "all op"}.get(first["config"]["task"], "all questions")
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
     ax.set_xlim(0, 1.06 * end / unit or 1)
 
