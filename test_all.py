@@ -3135,7 +3135,7 @@ def test_train_grows_passes_and_steps_together(tmp_path):
         want = Rule110(task.width, 2 * drawn[step], task.strings, "row").batch(config.seed, "train", step, config.batch)
         assert all(torch.equal(a, b) for a, b in zip((x, y, m), want))
     batches.close()
-    for wrong in (("--t", 6), ("--grow", 1.5), ("--grow", "nan"), ("--random-N",)):
+    for wrong in (("--grow", 1.5), ("--grow", "nan"), ("--random-N",)):
         with pytest.raises(ValueError, match="--grow"):
             config_of(RULE110, *flags, *wrong)
     config.steps = config.eval_every = 20  # so growth ends at step 10
@@ -3151,7 +3151,7 @@ def test_train_grows_passes_and_hops_together():
     batches = train.Batches(train.build_task(vars(config)), config)
     drawn = [train.passes_of(step, config) for step in range(40)]
     assert set(drawn[:20]) == {1} and set(drawn[20:]) == {1, 2} and config.hops == 4
-    for wrong in (("--t", 0), ("--t", 6), ("--name-tokens", 2, "--L", 12), ("--grow", 0.5, "--t", 3)):
+    for wrong in (("--t", 0), ("--t", 6), ("--name-tokens", 2, "--L", 12)):
         with pytest.raises(ValueError, match=wrong[0]):
             config_of(DEPO_T, *wrong)
     for step in range(18, 26):
@@ -3159,6 +3159,17 @@ def test_train_grows_passes_and_hops_together():
         want = Depo(6, 4, 5, 1, 3, 2 * drawn[step]).batch(config.seed, "train", step, config.batch)
         assert all(torch.equal(a, b) for a, b in zip((x, y, m), want))
     batches.close()
+
+
+@pytest.mark.parametrize("N, hops", [(5, {2: 1, 3: 2, 4: 3, 5: 4}), (8, {2: 1, 3: 1, 4: 2, 5: 2, 6: 3, 7: 3, 8: 4})])
+def test_train_grows_with_passes_to_spare(N, hops):
+    """--grow with more passes than hops asks for no hop at all, or never draws or asks for the most."""
+    config = config_of(DEPO_T, "--N", N, "--grow", 0.5, "--steps", 400)
+    task = train.build_task(vars(config))
+    drawn = [train.passes_of(step, config) for step in range(400)]
+    assert {n: train.task_of(step, config, task).t for step, n in enumerate(drawn)} == hops
+    assert drawn[:10] == [2] * 10 and 70 <= drawn[200:].count(N) <= 150
+    assert next(step for step, n in enumerate(drawn) if n == N) < 210
 
 
 @pytest.mark.parametrize(

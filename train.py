@@ -323,8 +323,6 @@ def check(config, given):
         raise ValueError("--grow draws the passes of each step, as does --random-N: leave one of them out")
     if config.grow and config.t is None:
         raise ValueError("--grow is for rule110, and for depo with --t: leave it out or give --t")
-    if config.grow and config.t % config.N:
-        raise ValueError(f"--grow asks for n/N of --t {config.t}: make it a multiple of --N {config.N}")
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
@@ -675,21 +673,26 @@ def schedule(step, config):
 def passes_of(step, config):
     """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N.
 
-    With --grow it is drawn from 1 up to what has been reached by this step, which doubles at equal intervals (the first
-    level takes longest to learn), and with probability one half it is just that.
+    With --grow it is drawn up to what has been reached by this step, which doubles at equal intervals (the first level
+    takes longest to learn), and with probability one half it is just that. It begins with the fewest passes that are
+    asked for anything, see task_of: more than one where N is more than t.
     """
     if not (config.random_N or config.grow):
         return config.N
-    rng, most = np.random.default_rng([config.seed, step]), config.N
+    rng, least, most = np.random.default_rng([config.seed, step]), 1, config.N
     if config.grow:
-        most = int(config.N ** min(1, step / (config.grow * config.steps)))
+        least, grown = math.ceil(config.N / config.t), min(1, step / (config.grow * config.steps))
+        most = int(least ** (1 - grown) * config.N**grown)
         if rng.integers(2):
             return most
-    return int(rng.integers(1, most + 1))
+    return int(rng.integers(least, most + 1))
 
 
 def task_of(step, config, task):
-    """What a step asks: the task, or with --grow as many of its t steps or hops as that step has of the N passes."""
+    """What a step asks: the task, or with --grow as many of its t steps or hops as that step has of the N passes.
+
+    Rounded down, so that n passes of --N 17 --t 16 are asked for n - 1.
+    """
     return task.at(task.t * passes_of(step, config) // config.N) if config.grow else task
 
 
