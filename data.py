@@ -359,13 +359,13 @@ class Depo:
 
     The scored tokens are <answer> and the answer's name, and m marks the positions that predict them, one earlier.
 
-    not in the paper: with t, all questions of all problems ask for t hops, so a question is a name, and the answer is
-    predicted at that name. Later questions see earlier questions, never answers. With t=2, nodes=3, queries=3,
-    name_tokens=1:
+    not in the paper: with t the answer is predicted at the last token of the question, its name, and later questions
+    see earlier questions, never answers. With hops, 1 to t hops are asked for, every second time just t; with hops=0
+    it is t always, and not said. With t=2, nodes=3, queries=2, name_tokens=1, and hops=2 or hops=0:
 
-        x    ru ka   ka mi   mi ru   ka ru mi
-        y                            ru mi ka
-        m                            ^  ^  ^
+        x    ru ka   ka mi   mi ru   <query_2> ka <query_1> mi        ru ka   ka mi   mi ru   ka mi
+        y                                      ru           ru                                ru ka
+        m                                      ^            ^                                 ^  ^
     """
 
     name = "depo"
@@ -378,9 +378,10 @@ class Depo:
             raise ValueError(f"--nodes is {nodes}: use 3 to {names} with --name-tokens {name_tokens}")
         if t is not None and not 1 <= t < nodes:
             raise ValueError(f"--t is {t}: on cycles of {nodes} nodes use 1 to {nodes - 1} hops")
-        hops = hops if t is None else t
-        if hops < 1:
+        if hops < 0 or (hops == 0 and t is None):
             raise ValueError(f"--hops is {hops}: use 1 or more")
+        if hops and t is not None and t > hops:
+            raise ValueError(f"--t is {t}: questions can only say up to --hops {hops}, lower --t or raise --hops")
         if hops > nodes:
             raise ValueError(f"hops above --nodes: {hops} hops on {nodes} nodes, lower --hops or raise --nodes")
         if not 1 <= queries <= nodes:
@@ -388,18 +389,18 @@ class Depo:
         if not 3 <= min_nodes <= nodes:
             raise ValueError(f"--min-nodes is {min_nodes}: use 3 to {nodes} (--nodes)")
         if t is not None and name_tokens > 1:
-            raise ValueError("--name-tokens 2 does not go with --t: a question is one token, use --name-tokens 1")
+            raise ValueError("--name-tokens 2 does not go with --t: an answer is one token, use --name-tokens 1")
         self.nodes, self.hops, self.queries, self.t = nodes, hops, queries, t
         self.name_tokens, self.min_nodes = name_tokens, min_nodes
+        self.farthest = hops if t is None else t
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
-        self.answer = self.query + hops + 1
-        self.pad = self.answer + 1
-        if t is not None:  # these two are no tokens then
-            self.query, self.answer, self.pad = -1, -1, 2 * MINI_VOCAB
+        self.answer = self.query + hops + 1 if t is None else -1  # with t there is no such token
+        self.pad = self.query + hops + (2 if t is None else 1)
         self.vocab_size = self.pad + 1
         self.prompt, self.answer_tokens = "", 1 + name_tokens if t is None else 1
         self.context = 2 * name_tokens * nodes
-        self.T = self.context + queries * (2 + 2 * name_tokens if t is None else 1)
+        self.told = bool(hops)  # tokens of a question before the name: <query_k>, if it says how far
+        self.T = self.context + queries * (2 + 2 * name_tokens if t is None else self.told + 1)
         # name id -> its tokens, -1 where there is none; the id after the last one is "no node here"
         self.none = names
         self.spelling = np.full((names + 1, name_tokens), -1)
@@ -409,7 +410,7 @@ class Depo:
             self.spelling[MINI_VOCAB:-1] = np.stack([first, MINI_VOCAB + last], axis=1)
 
     def at(self, t):
-        """The same task with another number of hops for all questions."""
+        """The same task with another t."""
         return Depo(self.nodes, self.hops, self.queries, self.name_tokens, self.min_nodes, t)
 
     def _draw(self, rng, split, rows):
@@ -432,18 +433,23 @@ class Depo:
     def _questions(self, rng, n, node):
         """
         Returns the queries, and the answers if they are no part of these. Without self.t: tokens, -1 for none, int64
-        (B, queries, 2 + 2 * name_tokens), and None. With self.t: two such arrays (B, queries, 1), starts and answers.
+        (B, queries, 2 + 2 * name_tokens), and None. With self.t: (B, queries, told + 1), and in reading order (Q, 1).
         """
         B = len(n)
         asked = np.arange(self.queries) < n[:, None]  # (B, queries)
         start = shuffle(rng, n, self.nodes)[:, : self.queries]  # places on the cycle, none twice
-        k = rng.integers(1, self.hops + 1, (B, self.queries)) if self.t is None else self.t
+        k = np.full((B, self.queries), self.farthest)
+        if self.told:
+            k = rng.integers(1, self.farthest + 1, (B, self.queries))
+            if self.t is not None:
+                k[rng.random(k.shape) < 0.5] = self.t
         # not in the paper: hops wrap around on cycles shorter than k, and a cycle of n < queries nodes gets n queries
         start, end = (self.spelling[take(node, place)] for place in (start, (start + k) % n[:, None]))
-        if self.t is not None:
-            return tuple(np.where(asked[..., None], names, -1) for names in (start, end))
-        columns = [(self.query + k)[..., None], start, np.full((B, self.queries, 1), self.answer), end]
-        return np.where(asked[..., None], np.concatenate(columns, axis=2), -1), None
+        columns = [(self.query + k)[..., None], start][not self.told :]
+        if self.t is None:
+            columns += [np.full((B, self.queries, 1), self.answer), end]
+        asks = np.where(asked[..., None], np.concatenate(columns, axis=2), -1)
+        return asks, None if self.t is None else end[asked]
 
     def batch(self, seed, split, s, B):
         """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T). Training cycles vary in size."""
@@ -454,7 +460,7 @@ class Depo:
         facts = self.spelling[edges].reshape(B, -1)  # (B, context), -1 in the gaps
         asks, answers = self._questions(rng, n, node)
         scored = np.zeros(asks.shape, dtype=bool)
-        scored[:, :, 1 + self.name_tokens :] = True  # <answer> and the answer's name; nothing with self.t
+        scored[:, :, self.told if self.t else 1 + self.name_tokens :] = True  # at the name, or at <answer> and name
         asks, scored = asks.reshape(B, -1), scored.reshape(B, -1)  # (B, T - context)
 
         # close the gaps: both sides of these assignments run through a row's tokens in reading order
@@ -469,10 +475,11 @@ class Depo:
         inside = (column >= self.context) & (column < stop)
         seq[inside] = asks[some]
         m[inside] = scored[some]
-        x, y, m = seq[:, :-1], seq[:, 1:], m[:, 1:]
-        if self.t is not None:
-            y, m = y.copy(), inside[:, :-1]  # x and y share their memory
-            y[m] = answers[answers >= 0]
+        x, y = seq[:, :-1], seq[:, 1:]
+        if self.t is None:
+            return as_tensors(x, y, m[:, 1:])
+        y, m = y.copy(), m[:, :-1]  # x and y share their memory
+        y[m] = answers[:, 0]
         return as_tensors(x, y, m)
 
     def problem_hashes(self, x):
@@ -489,8 +496,8 @@ class Depo:
 
     def _words(self):
         words = [s + "-" for s in SYLLABLES] + SYLLABLES
-        asking = [f"<query_{k}>" for k in range(1, self.hops + 1)] + ["<answer>"]
-        return words + (asking if self.t is None else []) + ["<pad>"]
+        words += [f"<query_{k}>" for k in range(1, self.hops + 1)]
+        return words + ["<answer>"] * (self.t is None) + ["<pad>"]
 
     def encode(self, text):
         """The inverse of decode, a list of int. Raises ValueError that names the words it has not."""
@@ -503,28 +510,31 @@ class Depo:
         after = np.full((len(x), self.none + 1), self.none)
         after[row[::2], name[::2]] = name[1::2]  # names alternate: source, destination
         reached, found = after, {}
-        for k in range(1, self.hops + 1):
+        for k in range(1, self.farthest + 1):
             found[f"hops {k}"] = np.where(reached == self.none, -1, reached)[:, :-1]
             reached = take(after, reached)
         return found
 
     def _queries(self, x):
-        """Where queries begin, bool (B, T): at <query_k>, or with self.t at the names that follow the context."""
-        if self.t is None:
-            return (x > self.query) & (x < self.answer)
+        """Where queries begin, bool (B, T): at <query_k>, or if there is none at the names that follow the context."""
+        if self.told:
+            return (x > self.query) & (x <= self.query + self.hops)
         return (np.arange(x.shape[1]) >= self.context) & (x != self.pad)
 
     def _by_hops(self, x, values):
         """Sort one value per query by its hop count. x: (B, T), values: (Q,) in reading order -> dict of arrays."""
-        if self.t is not None:
+        if not self.told:
             return {f"hops {self.t}": values}
         row, col = np.nonzero(self._queries(x))
         k = x[row, col] - self.query
+        hops = range(1, self.farthest + 1)
+        of_all = {f"hops {i}": values[k == i] for i in hops}
+        if self.t is not None:
+            return of_all
         # a later query can find edges of the cycle in the answers before it; a row's first query cannot
         first = np.ones(len(row), dtype=bool)
         first[1:] = row[1:] != row[:-1]
-        hops = range(1, self.hops + 1)
-        return {f"hops {i}": values[k == i] for i in hops} | {f"first hops {i}": values[first & (k == i)] for i in hops}
+        return of_all | {f"first hops {i}": values[first & (k == i)] for i in hops}
 
     def _query_of(self, x):
         """The query each position belongs to, counted through the batch, and how many there are. x: (B, T) array."""
@@ -533,9 +543,9 @@ class Depo:
 
     def score(self, x, y, m, pred):
         """
-        All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for k in 1..hops, and "first hops k" for
-        each row's first query only; with t "hops t" alone. Right means every token of the answer's name; <answer>
-        itself does not count.
+        All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for all k that are asked for, and without
+        t "first hops k" for each row's first query only. Right means every token of the answer's name; <answer> itself
+        does not count.
         """
         x, y, m, pred = as_arrays(x, y, m, pred)
         query, Q = self._query_of(x)
@@ -588,12 +598,13 @@ class Depo:
         words = bracket(self, x, y, m)
         for start, stop in zip(asks, [*asks[1:], self.T]):
             walk = [read_names(x[None, start:stop].numpy())[1][0]]
-            for _ in range(self.t or int(x[start]) - self.query):
+            for _ in range(int(x[start]) - self.query if self.told else self.t):
                 walk.append(successor[walk[-1]])
             if self.t is None:
                 text = " ".join(w for w in words[start - self.context : stop - self.context] if w != "<pad>")
             else:
-                text = f"{spell[walk[0]]} [{self.decode(y[start : start + 1])}]"
+                name = start + self.told
+                text = f"{self.decode(x[start : name + 1])} [{self.decode(y[name : name + 1])}]"
             lines += ["    " + text.replace("- ", "-"), "        because " + " > ".join(spell[i] for i in walk)]
         return lines
 

@@ -378,9 +378,8 @@ NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is the difficulty of a
 
 
 def describe(config):
-    """A task and its sizes for a heading, without t (and what it replaces): "depo, nodes 75, hops 16, ..."."""
-    hidden = {"t", "hops"} if config["task"] == "depo" and config["t"] else {"t"}
-    sizes = (size for size in EXAMPLE_SIZES[config["task"]] if size not in hidden)
+    """A task and its sizes for a heading, without t: "depo, nodes 75, hops 16, ..."."""
+    sizes = (size for size in EXAMPLE_SIZES[config["task"]] if size != "t" and (size != "hops" or config[size]))
     return ", ".join([config["task"], *(f"{size.replace('_', ' ')} {config[size]}" for size in sizes)])
 
 

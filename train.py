@@ -91,11 +91,11 @@ class Config:
     L: int = flag(None, "window in tokens; must divide the task's context")
     # the task
     width: int = flag(None, "rule110: bits per string")
-    t: int = flag(None, "rule110: steps of the automaton; depo: all questions ask for t hops, one-token names only")
+    t: int = flag(None, "rule110: steps of the automaton; depo: see --hops, one-token names only")
     strings: int = flag(None, "rule110: strings per problem")
     ask: str = flag("bit", "rule110: for each string's first bit, as in the paper, or for its whole row")
     nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
-    hops: int = flag(None, "depo: without --t, questions ask for the 1st to hops-th successor")
+    hops: int = flag(None, "depo: questions ask for 1 to hops; with --t for 1 to t, half of them t (default: all t)")
     queries: int = flag(None, "depo: questions per problem")
     name_tokens: int = flag(None, "depo: longest node name in tokens, 1 or 2")
     min_nodes: int = flag(None, "depo: shortest cycle in training")
@@ -265,10 +265,8 @@ def parse_config(argv):
             raise ValueError(f"the preset {config.preset} sets {name}, which is no flag: name it in Config")
         if name not in given:
             setattr(config, name, value)
-    if config.task == "depo" and config.t is not None:
-        if "hops" in given:
-            raise ValueError("--hops does not go with --t, which asks for t hops alone: leave one of them out")
-        config.hops = config.t
+    if config.task == "depo" and config.t is not None and "hops" not in given:
+        config.hops = 0  # the preset's are for questions without --t
     if config.init_from:
         public = PRETRAINED[config.init_from]
         for name in {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(ModelConfig)}:
