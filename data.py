@@ -25,7 +25,7 @@ Batch s of a split is a pure function of (seed, split, s, B): nothing is stored,
 To see three examples that can be checked by hand:
     $ python data.py --task rule110
     $ python data.py --task depo --nodes 8 --hops 4
-    $ python data.py --task depo --name-tokens 1 --t 4
+    $ python data.py --task depo --name-tokens 1 --t 4              (with --hops 4: 1 to 4 hops, and the question says)
     $ python data.py --task gsm --op 6
 
 Based on section 3 of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
@@ -1650,7 +1650,8 @@ def main():
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}: use 0 or more")
     try:
-        task = TASKS[args.task](**EXAMPLE_SIZES[args.task] | given)
+        without = {"hops": 0} if args.task == "depo" and "t" in given else {}  # the example's are for depo without --t
+        task = TASKS[args.task](**EXAMPLE_SIZES[args.task] | without | given)
         x, y, m = task.batch(args.seed, args.split, 0, 3)
     except ValueError as error:
         parser.error(str(error))

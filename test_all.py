@@ -1385,10 +1385,10 @@ def parse_depo(task, x, y, m):
 
     Tokens: 0..49 go on a name, 50..99 end it, then <query_1>.. <query_hops>, <answer>, <pad>. `where` are the positions
     that predict the answer's name, `answer` its tokens. Asserts the grammar and the mask on the way.
-    With task.t a query is a name alone, its answer the target there, and there are no tokens for queries and answers.
+    With task.t the answer is the target at a query's name, no token; without task.hops a query is that name alone.
     """
     x, y, m = x.tolist(), y.tolist(), m.tolist()
-    answer, pad = (100 + task.hops, 101 + task.hops) if task.t is None else (None, 100)
+    answer, pad = (100 + task.hops, 101 + task.hops) if task.t is None else (None, 100 + task.hops)
     tokens = x + (y[-1:] if task.t is None else [pad])
     assert task.vocab_size == pad + 1
     assert all(a == b for a, b, scored in zip(y, tokens[1:], m) if task.t is None or not scored)
@@ -1409,8 +1409,10 @@ def parse_depo(task, x, y, m):
     assert i == task.context
     while i <= task.T and tokens[i] != pad:
         if task.t is not None:
+            k, i = (tokens[i] - 99, i + 1) if task.hops else (task.t, i)
             start, stop = name_at(i)
-            queries.append((task.t, start, [i], (y[i],)))
+            assert 1 <= k <= task.t
+            queries.append((k, start, [i], (y[i],)))
             scored.add(i)
             i = stop
             continue
@@ -1428,7 +1430,7 @@ def parse_depo(task, x, y, m):
 
 
 DEPO_SIZES = ((75, 16, 10, 2, 3), (8, 4, 8, 1, 8), (6, 6, 5, 2, 3), (50, 3, 2, 1, 20))
-DEPO_SIZES += ((8, 4, 8, 1, 8, 3), (9, 1, 6, 1, 3, 8))  # the sixth number is t
+DEPO_SIZES += ((8, 0, 8, 1, 8, 3), (9, 0, 6, 1, 3, 8), (8, 6, 8, 1, 8, 5), (9, 8, 6, 1, 3, 8))  # the sixth is t
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
@@ -1456,7 +1458,7 @@ def test_data_depo_by_walking_the_cycle_that_the_tokens_spell(sizes, split):
 
 
 TASKS = (Rule110(12, 4, 2), Rule110(24, 32, 4), Rule110(12, 3, 2, "row"), Depo(8, 4, 8, 1, 8), Depo(9, 5, 5, 2, 3))
-TASKS += (Depo(9, 4, 6, 1, 3, 5),)
+TASKS += (Depo(9, 0, 6, 1, 3, 5), Depo(9, 6, 5, 1, 3, 5))
 TASKS += (Depo(), GSMInfinite(3, 1, 101, 128, 100, 1), GSMInfinite(8, 2, 302, 380, 301, worked=True))
 
 
@@ -1483,7 +1485,7 @@ def test_data_hidden_facts_of_rule110_are_the_slow_automaton():
             cells = [int(each in ((1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 1, 0), (0, 0, 1))) for each in around]
 
 
-@pytest.mark.parametrize("sizes", ((7, 4, 3, 2, 3), (7, 2, 3, 1, 3, 4)), ids=str)
+@pytest.mark.parametrize("sizes", ((7, 4, 3, 2, 3), (7, 0, 3, 1, 3, 4), (7, 6, 3, 1, 3, 4)), ids=str)
 def test_data_hidden_facts_of_depo_are_walks(sizes):
     """A probe would look for other successors than the cycle's, or for nodes that are not on it."""
     task = Depo(*sizes)
@@ -1625,6 +1627,7 @@ def test_data_scored_positions_lie_in_windows_that_every_row_answers(task):
         lambda: Depo(nodes=51, name_tokens=1),
         lambda: Depo(nodes=8, hops=9, queries=2),
         lambda: Depo(nodes=8, hops=0, queries=2),
+        lambda: Depo(nodes=8, hops=-1, queries=2, name_tokens=1, t=1),
         lambda: Depo(nodes=8, hops=2, queries=9),
         lambda: Depo(min_nodes=2),
         lambda: Depo(name_tokens=3),
@@ -1979,6 +1982,20 @@ def test_data_depo_cycle_sizes():
     assert np.abs(np.bincount(n, minlength=10)[3:] / 4000 - want / want.sum()).max() < 0.02
 
 
+def test_data_depo_up_to_t_hops():
+    """With --t and --hops another share than half asks for t, a distance is left out, or tokens change with t."""
+    task = Depo(9, 6, 8, 1, 3, 6).at(4)
+    assert (task.vocab_size, task.T, task.t) == (Depo(9, 6, 8, 1, 3, 6).vocab_size, 18 + 16, 4)
+    x, y, m = task.batch(0, "test", 0, 500)
+    share = np.bincount([k for row in zip(x, y, m) for k, *_ in parse_depo(task, *row)[1]]) / 4000
+    assert np.abs(share[1:] - [0.125, 0.125, 0.125, 0.625]).max() < 0.03 and len(share) == 5
+    wrong = m & (x.roll(1, 1) == 99 + 3)  # all that ask for three
+    rows = task.score(x, y, m, torch.where(wrong, y - 1, y))
+    assert {key: (right.mean(), len(right)) for key, right in rows.items()} == {
+        f"hops {k}": (k != 3, round(4000 * share[k])) for k in (1, 2, 3, 4)
+    }
+
+
 def test_data_gsm_sentences_are_shuffled():
     """What is needed stands where it was drawn, at the front: position alone tells it from the noise."""
     task, where = GSMInfinite(4, 0, 300, 400, 299), []
@@ -2003,12 +2020,18 @@ def test_data_gsm_both_means_both():
     assert hard > 0.6 and 0.3 * hard < found["both", "both"][1] < 0.7 * hard
 
 
-@pytest.mark.parametrize("name, more", (("rule110", {}), ("depo", {}), ("depo", {"name_tokens": 1, "t": 4})))
+FAR = {"name_tokens": 1, "t": 4}
+
+
+@pytest.mark.parametrize("name, more", (("rule110", {}), ("depo", {}), ("depo", FAR), ("depo", FAR | {"hops": 5})))
 def test_data_examples_can_be_checked_by_hand(name, more, monkeypatch, capsys):
     """`python data.py` prints other examples than asked for, or a walk or a step that does not lead to the answer."""
     flags = [text for size, value in more.items() for text in ("--" + size.replace("_", "-"), value)]
     assert call(data.main, monkeypatch, ["--task", name, "--seed", "4", "--split", "val", *flags]) == 0
-    shown, task = capsys.readouterr().out, data.TASKS[name](**data.EXAMPLE_SIZES[name] | more)
+    shown, task = (
+        capsys.readouterr().out,
+        data.TASKS[name](**data.EXAMPLE_SIZES[name] | ({"hops": 0} if more else {}) | more),
+    )
     x, y, m = task.batch(4, "val", 0, 3)
     assert all("\n".join(task.explain(*row)) in shown for row in zip(x, y, m))
     for i, block in enumerate(shown.split("val example ")[1:]):
@@ -2021,7 +2044,8 @@ def test_data_examples_can_be_checked_by_hand(name, more, monkeypatch, capsys):
         spelled = {task.decode(a): task.decode(b) for a, b in successor.items()}
         for walk, (k, start, _, answer) in zip(walks, queries, strict=True):
             assert (len(walk), walk[0], walk[-1]) == (k + 1, task.decode(start), task.decode(answer))
-            assert not more or f"    {walk[0]} [{walk[-1]}]\n" in block
+            told = f"<query_{k}> " if "hops" in more else ""
+            assert not more or f"    {told}{walk[0]} [{walk[-1]}]\n" in block
             assert all(spelled[a] == b for a, b in zip(walk, walk[1:]))
 
 
@@ -2215,7 +2239,7 @@ def test_eval_asks_for_other_hops_than_trained(tmp_path, monkeypatch, capsys):
     for run in json.loads(out.read_text())["runs"]:
         N, t = run["evaluated_N"], run["evaluated_t"]
         algorithm = evaluation.algorithm_of(model, flags | {"N": N})
-        want = evaluation.evaluate(algorithm, Depo(6, 4, 5, 1, 3, t), "test", config.L, 30, 0, evaluation.BATCH)
+        want = evaluation.evaluate(algorithm, Depo(6, 0, 5, 1, 3, t), "test", config.L, 30, 0, evaluation.BATCH)
         assert run["rows"] == want["rows"] and list(run["rows"]) == [f"hops {t}"]
         assert run["rows"][f"hops {t}"]["n"] == 30 * 5
     talk, (x, _, m) = evaluation.Chat(model, task, flags), task.batch(0, "test", 0, 1)
@@ -2743,7 +2767,7 @@ def test_eval_mistakes_show_what_was_wrong():
     right, said = (task.decode(a[3, -2:]) for a in (y, pred))
     assert f"is {right}, the model says {said}" in text
     assert evaluation.mistakes(task, x, y, m, y, 3) == "0 of 5 examples hold a mistake"
-    for task in (Rule110(8, 1, 2, "row"), Depo(6, 4, 5, 1, 6, 3)):  # answers side by side
+    for task in (Rule110(8, 1, 2, "row"), Depo(6, 0, 5, 1, 6, 3)):  # answers side by side
         x, y, m = task.batch(0, "test", 0, 5)
         pred = y.clone()
         pred[2, -1] = 1 - y[2, -1] if task.name == "rule110" else y[2, -2]
@@ -2907,7 +2931,7 @@ BAD_FLAGS = {
     "workers": ("--workers -1", "--workers"),
     "neither bit nor row": ("--ask rows", "--ask"),
     "nothing to grow": ("--grow 0.5", "--grow"),
-    "hops said twice": ("--t 3", "--hops"),
+    "more hops than can be said": ("--t 3", "--hops"),
     "no pass over answers": ("--answer-passes 0", "--answer-passes"),
     "unknown attention": ("--sleep-attention none", "--sleep-attention"),
     "loop that is no range": ("--loop nonsense", "--loop"),
@@ -3145,18 +3169,19 @@ def test_train_grows_passes_and_steps_together(tmp_path):
     assert val["passes"] == 4 and list(val["rows"])[:2] == ["t=8 exact", "t=8 rows"]  # it is judged at its N and t
 
 
-def test_train_grows_passes_and_hops_together():
+@pytest.mark.parametrize("hops", (0, 5), ids=("t hops", "up to t hops"))
+def test_train_grows_passes_and_hops_together(hops):
     """--grow asks Depo for other hops than it has passes for, or the tokens change with them."""
-    config = config_of(DEPO_T, "--grow", 0.5, "--steps", 40)
+    config = config_of(DEPO_T, "--grow", 0.5, "--steps", 40, *(("--hops", hops) if hops else ()))
     batches = train.Batches(train.build_task(vars(config)), config)
     drawn = [train.passes_of(step, config) for step in range(40)]
-    assert set(drawn[:20]) == {1} and set(drawn[20:]) == {1, 2} and config.hops == 4
-    for wrong in (("--t", 0), ("--t", 6), ("--name-tokens", 2, "--L", 12)):
+    assert set(drawn[:20]) == {1} and set(drawn[20:]) == {1, 2} and config.hops == hops
+    for wrong in (("--t", 0), ("--t", 6), ("--t", 4, "--hops", 3), ("--name-tokens", 2, "--L", 12)):
         with pytest.raises(ValueError, match=wrong[0]):
             config_of(DEPO_T, *wrong)
     for step in range(18, 26):
         ((x, y, m, _),), _ = batches.get(step)
-        want = Depo(6, 4, 5, 1, 3, 2 * drawn[step]).batch(config.seed, "train", step, config.batch)
+        want = Depo(6, hops, 5, 1, 3, 2 * drawn[step]).batch(config.seed, "train", step, config.batch)
         assert all(torch.equal(a, b) for a, b in zip((x, y, m), want))
     batches.close()
 
