@@ -16,8 +16,8 @@ multiple of the window L), `T` (tokens in every row), and
 and for some purposes
     encode(text), prompt, answer_tokens     for a chat: text to ids, what follows the context to make the model answer
                                             ("": the user's question), and how many tokens an answer has at most
-    t, at(t)                                for --grow and eval.py --t: how many steps answers are away (None: no such
-                                            number), and the same task with another t
+    t, at(t)                                for --grow and eval.py --t: how many steps answers are away at most (None:
+                                            no such number), and the same task, in the same tokens, with another t
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
@@ -25,7 +25,7 @@ Batch s of a split is a pure function of (seed, split, s, B): nothing is stored,
 To see three examples that can be checked by hand:
     $ python data.py --task rule110
     $ python data.py --task depo --nodes 8 --hops 4
-    $ python data.py --task depo --name-tokens 1 --t 4              (with --hops 4: 1 to 4 hops, and the question says)
+    $ python data.py --task depo --name-tokens 1 --t 4              # with --hops 4: 1 to 4 hops, and which
     $ python data.py --task gsm --op 6
 
 Based on section 3 of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
@@ -360,8 +360,9 @@ class Depo:
     The scored tokens are <answer> and the answer's name, and m marks the positions that predict them, one earlier.
 
     not in the paper: with t the answer is predicted at the last token of the question, its name, and later questions
-    see earlier questions, never answers. With hops, 1 to t hops are asked for, every second time just t; with hops=0
-    it is t always, and not said. With t=2, nodes=3, queries=2, name_tokens=1, and hops=2 or hops=0:
+    see earlier questions, never answers. With hops, half of the questions ask for t hops and half for 1 to t, and there
+    are tokens to say up to hops; with hops=0 all ask for t, and do not say so. With t=2, nodes=3, queries=2,
+    name_tokens=1, and hops=2 (left) or hops=0 (right):
 
         x    ru ka   ka mi   mi ru   <query_2> ka <query_1> mi        ru ka   ka mi   mi ru   ka mi
         y                                      ru           ru                                ru ka
@@ -379,9 +380,9 @@ class Depo:
         if t is not None and not 1 <= t < nodes:
             raise ValueError(f"--t is {t}: on cycles of {nodes} nodes use 1 to {nodes - 1} hops")
         if hops < 0 or (hops == 0 and t is None):
-            raise ValueError(f"--hops is {hops}: use 1 or more")
+            raise ValueError(f"--hops is {hops}: use 1 or more, or leave it out with --t")
         if hops and t is not None and t > hops:
-            raise ValueError(f"--t is {t}: questions can only say up to --hops {hops}, lower --t or raise --hops")
+            raise ValueError(f"--t is {t}: the questions can say up to {hops} hops (--hops), use a smaller --t")
         if hops > nodes:
             raise ValueError(f"hops above --nodes: {hops} hops on {nodes} nodes, lower --hops or raise --nodes")
         if not 1 <= queries <= nodes:
@@ -392,14 +393,14 @@ class Depo:
             raise ValueError("--name-tokens 2 does not go with --t: an answer is one token, use --name-tokens 1")
         self.nodes, self.hops, self.queries, self.t = nodes, hops, queries, t
         self.name_tokens, self.min_nodes = name_tokens, min_nodes
-        self.farthest = hops if t is None else t
+        self.farthest = hops if t is None else t  # most hops that are asked for
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
         self.answer = self.query + hops + 1 if t is None else -1  # with t there is no such token
         self.pad = self.query + hops + (2 if t is None else 1)
         self.vocab_size = self.pad + 1
         self.prompt, self.answer_tokens = "", 1 + name_tokens if t is None else 1
         self.context = 2 * name_tokens * nodes
-        self.told = bool(hops)  # tokens of a question before the name: <query_k>, if it says how far
+        self.told = int(hops > 0)  # tokens of a question before the name: <query_k>, if it says how far
         self.T = self.context + queries * (2 + 2 * name_tokens if t is None else self.told + 1)
         # name id -> its tokens, -1 where there is none; the id after the last one is "no node here"
         self.none = names
@@ -410,7 +411,7 @@ class Depo:
             self.spelling[MINI_VOCAB:-1] = np.stack([first, MINI_VOCAB + last], axis=1)
 
     def at(self, t):
-        """The same task with another t."""
+        """The same task, in the same tokens, with another t."""
         return Depo(self.nodes, self.hops, self.queries, self.name_tokens, self.min_nodes, t)
 
     def _draw(self, rng, split, rows):
@@ -445,7 +446,7 @@ class Depo:
                 k[rng.random(k.shape) < 0.5] = self.t
         # not in the paper: hops wrap around on cycles shorter than k, and a cycle of n < queries nodes gets n queries
         start, end = (self.spelling[take(node, place)] for place in (start, (start + k) % n[:, None]))
-        columns = [(self.query + k)[..., None], start][not self.told :]
+        columns = [(self.query + k)[..., None], start] if self.told else [start]
         if self.t is None:
             columns += [np.full((B, self.queries, 1), self.answer), end]
         asks = np.where(asked[..., None], np.concatenate(columns, axis=2), -1)
@@ -543,7 +544,7 @@ class Depo:
 
     def score(self, x, y, m, pred):
         """
-        All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for all k that are asked for, and without
+        All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for all k up to the farthest, and without
         t "first hops k" for each row's first query only. Right means every token of the answer's name; <answer> itself
         does not count.
         """
@@ -595,13 +596,13 @@ class Depo:
         lines += [f"    {spell[a]} {spell[b]}" for a, b in successor.items()]
         lines.append("  queries:")
         asks = np.flatnonzero(self._queries(x.numpy()[None])[0])
-        words = bracket(self, x, y, m)
         for start, stop in zip(asks, [*asks[1:], self.T]):
             walk = [read_names(x[None, start:stop].numpy())[1][0]]
             for _ in range(int(x[start]) - self.query if self.told else self.t):
                 walk.append(successor[walk[-1]])
             if self.t is None:
-                text = " ".join(w for w in words[start - self.context : stop - self.context] if w != "<pad>")
+                words = bracket(self, x, y, m)[start - self.context : stop - self.context]
+                text = " ".join(word for word in words if word != "<pad>")
             else:
                 name = start + self.told
                 text = f"{self.decode(x[start : name + 1])} [{self.decode(y[name : name + 1])}]"
@@ -1650,8 +1651,9 @@ def main():
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}: use 0 or more")
     try:
-        without = {"hops": 0} if args.task == "depo" and "t" in given else {}  # the example's are for depo without --t
-        task = TASKS[args.task](**EXAMPLE_SIZES[args.task] | without | given)
+        if args.task == "depo" and "t" in given:
+            given.setdefault("hops", 0)  # those of the examples are for depo without --t
+        task = TASKS[args.task](**EXAMPLE_SIZES[args.task] | given)
         x, y, m = task.batch(args.seed, args.split, 0, 3)
     except ValueError as error:
         parser.error(str(error))

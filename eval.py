@@ -374,13 +374,15 @@ def comparison_table(columns, field="accuracy"):
 # -----------------------------------------------------------------------------
 # several runs side by side
 
-NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is the difficulty of a task that has it: a line of the table
+NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is a difficulty: a line of the table, but see groups_of
 
 
 def describe(config):
-    """A task and its sizes for a heading, without t: "depo, nodes 75, hops 16, ..."."""
-    sizes = (size for size in EXAMPLE_SIZES[config["task"]] if size != "t" and (size != "hops" or config[size]))
-    return ", ".join([config["task"], *(f"{size.replace('_', ' ')} {config[size]}" for size in sizes)])
+    """A task and its sizes for a heading, without the number t: "depo, nodes 75, hops 16, ..."."""
+    sizes = {size: config[size] for size in EXAMPLE_SIZES[config["task"]] if size != "t"}
+    if config["task"] == "depo" and config["t"] is not None:
+        sizes["hops"] = f"1 to t of {config['hops']}" if config["hops"] else "t"
+    return ", ".join([config["task"], *(f"{size.replace('_', ' ')} {value}" for size, value in sizes.items())])
 
 
 def check_same_task(paths, configs):
@@ -395,8 +397,9 @@ def check_same_task(paths, configs):
 
 def groups_of(runs):
     """
-    Group runs that differ only in seed (or in t). Returns (setting, list of runs) pairs, by N; a setting holds N,
-    "evaluated N", tol, and whatever else differs between the groups. Raises ValueError if a run is there twice.
+    Group runs that differ only in seed, or in t where each t has lines of its own. Returns (setting, list of runs)
+    pairs, by N; a setting holds N, "evaluated N", tol, and whatever else differs between the groups. Raises ValueError
+    if a run is there twice.
     """
     settings, groups = {}, {}
     elsewhere = any(run["evaluated_t"] != run["config"].get("t") for run in runs)
@@ -411,6 +414,8 @@ def groups_of(runs):
         setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
         if elsewhere:
             setting["trained t"] = run["config"]["t"]
+        if setting.get("hops") and run["evaluated_t"] is not None:
+            setting["evaluated t"] = run["evaluated_t"]  # Depo: all have the lines "hops 1", "hops 2", ...
         name = json.dumps(setting, sort_keys=True)
         settings[name] = setting
         for other in groups.setdefault(name, []):
@@ -1275,7 +1280,7 @@ def parse_args(argv):
     parser.add_argument("--N", type=int, nargs="+", help="sleep passes (default: as each run was trained)")
     text = "adaptive N: at most the largest N passes, until one changes the fast weights by no more than this fraction"
     parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
-    text = "Rule 110: score with so many steps of the automaton, Depo with --t: hops (default: as each run was trained)"
+    text = "Rule 110: score with so many steps of the automaton; Depo with --t: hops (default: as each run was trained)"
     parser.add_argument("--t", type=int, nargs="+", help=text)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="--cost: length of the stream (default 1000000)")
     parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")

@@ -91,11 +91,11 @@ class Config:
     L: int = flag(None, "window in tokens; must divide the task's context")
     # the task
     width: int = flag(None, "rule110: bits per string")
-    t: int = flag(None, "rule110: steps of the automaton; depo: see --hops, one-token names only")
+    t: int = flag(None, "rule110: steps of the automaton; depo, one-token names only: see --hops")
     strings: int = flag(None, "rule110: strings per problem")
     ask: str = flag("bit", "rule110: for each string's first bit, as in the paper, or for its whole row")
     nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
-    hops: int = flag(None, "depo: questions ask for 1 to hops; with --t for 1 to t, half of them t (default: all t)")
+    hops: int = flag(None, "depo: asks for 1 to hops, and says which; with --t for 1 to t, or by default for t alone")
     queries: int = flag(None, "depo: questions per problem")
     name_tokens: int = flag(None, "depo: longest node name in tokens, 1 or 2")
     min_nodes: int = flag(None, "depo: shortest cycle in training")
@@ -123,7 +123,7 @@ class Config:
     reinject: bool = flag(False, "every pass after the first sees the embedded tokens again, added to the features")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     grow: float = flag(
-        0.0, "with --t: draw n of the N passes and ask for n/N of t; the most doubles up to N in this fraction of steps"
+        0.0, "with --t: draw n of N passes, ask for n/N of t (rounded down); the most grows to N in this share of steps"
     )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
@@ -266,7 +266,7 @@ def parse_config(argv):
         if name not in given:
             setattr(config, name, value)
     if config.task == "depo" and config.t is not None and "hops" not in given:
-        config.hops = 0  # the preset's are for questions without --t
+        config.hops = 0  # those of the preset are for depo without --t
     if config.init_from:
         public = PRETRAINED[config.init_from]
         for name in {f.name for f in dataclasses.fields(Config)} & {f.name for f in dataclasses.fields(ModelConfig)}:
@@ -319,8 +319,8 @@ def check(config, given):
         raise ValueError(f"--grow {config.grow} is a fraction of the steps: use 0 to 1")
     if config.grow and config.random_N:
         raise ValueError("--grow draws the passes of each step, as does --random-N: leave one of them out")
-    if config.grow and config.t is None:
-        raise ValueError("--grow is for rule110, and for depo with --t: leave it out or give --t")
+    if config.grow and not config.t:
+        raise ValueError("--grow is for rule110, and for depo with --t: leave it out or give --t, 1 or more")
     if task.context % config.L:
         raise ValueError(f"--L {config.L} must divide the context of {task.context} tokens: choose a divisor of it")
     for split in SPLITS:
@@ -671,16 +671,15 @@ def schedule(step, config):
 def passes_of(step, config):
     """N of a training step, a function of seed and step alone: with --random-N it is drawn from 1..N.
 
-    With --grow it is drawn up to what has been reached by this step, which doubles at equal intervals (the first level
-    takes longest to learn), and with probability one half it is just that. It begins with the fewest passes that are
-    asked for anything, see task_of: more than one where N is more than t.
+    With --grow the most that is drawn grows from the fewest passes that ask for a step at all, see task_of, to N. It
+    doubles at equal intervals (the first level takes longest to learn), and half of the draws are just the most.
     """
     if not (config.random_N or config.grow):
         return config.N
     rng, least, most = np.random.default_rng([config.seed, step]), 1, config.N
     if config.grow:
         least, grown = math.ceil(config.N / config.t), min(1, step / (config.grow * config.steps))
-        most = int(least ** (1 - grown) * config.N**grown)
+        most = max(least, int(least ** (1 - grown) * config.N**grown))
         if rng.integers(2):
             return most
     return int(rng.integers(least, most + 1))
