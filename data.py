@@ -360,9 +360,9 @@ class Depo:
     The scored tokens are <answer> and the answer's name, and m marks the positions that predict them, one earlier.
 
     not in the paper: with t the answer is predicted at the last token of the question, its name, and later questions
-    see earlier questions, never answers. With hops, half of the questions ask for t hops and half for 1 to t, and there
-    are tokens to say up to hops; with hops=0 all ask for t, and do not say so. With t=2, nodes=3, queries=2,
-    name_tokens=1, and hops=2 (left) or hops=0 (right):
+    see earlier questions, never answers. With hops, questions ask for 1 to t hops, and there are tokens to say up to
+    hops; with hops=0 all ask for t, and do not say so. With t=2, nodes=3, queries=2, name_tokens=1, and hops=2 (left)
+    or hops=0 (right):
 
         x    ru ka   ka mi   mi ru   <query_2> ka <query_1> mi        ru ka   ka mi   mi ru   ka mi
         y                                      ru           ru                                ru ka
@@ -441,9 +441,7 @@ class Depo:
         start = shuffle(rng, n, self.nodes)[:, : self.queries]  # places on the cycle, none twice
         k = np.full((B, self.queries), self.farthest)
         if self.told:
-            k = rng.integers(1, self.farthest + 1, (B, self.queries))
-            if self.t is not None:
-                k[rng.random(k.shape) < 0.5] = self.t
+            k = rng.integers(1, self.farthest + 1, k.shape)
         # not in the paper: hops wrap around on cycles shorter than k, and a cycle of n < queries nodes gets n queries
         start, end = (self.spelling[take(node, place)] for place in (start, (start + k) % n[:, None]))
         columns = [(self.query + k)[..., None], start] if self.told else [start]
