@@ -2775,7 +2775,7 @@ def test_eval_mistakes_show_what_was_wrong():
     right, said = (task.decode(a[3, -2:]) for a in (y, pred))
     assert f"is {right}, the model says {said}" in text
     assert evaluation.mistakes(task, x, y, m, y, 3) == "0 of 5 examples hold a mistake"
-    for task in (Rule110(8, 1, 2, "row"), Depo(6, 0, 5, 1, 6, 3), Depo(6, 4, 5, 1, 6, 3)):  # of one token
+    for task in (Rule110(8, 1, 2, "row"), Depo(6, 0, 5, 1, 6, 3), Depo(6, 4, 5, 1, 6, 3)):  # answers adjacent or not
         x, y, m = task.batch(0, "test", 0, 5)
         pred = y.clone()
         pred[2, -1] = 1 - y[2, -1] if task.name == "rule110" else y[2, -2]
