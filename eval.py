@@ -537,6 +537,7 @@ PAPER_SETTING = {
 }
 
 COLOURS = {1: "#6b7280", 2: "#0072b2", 3: "#009e73", 4: "#d55e00", 6: "#cc79a7", 8: "#e69f00"}
+OTHER_COLOURS = ("#111827", "#56b4e9", "#7c2d12", "#65a30d", "#7c3aed")  # of other N, in their order
 PAPER_STYLE = {"linestyle": "none", "marker": "D", "markersize": 6, "markerfacecolor": "white", "zorder": 4}
 
 
@@ -582,11 +583,13 @@ def draw_line(ax, x, series, colour, dashes):
 
 def looks(columns):
     """header -> (colour, dashes): a colour per evaluated N; columns of equal N differ in their dashes."""
+    others = sorted({runs[0]["evaluated_N"] for runs in columns.values()} - set(COLOURS))
+    colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
     seen, result = {}, {}
     for header, runs in columns.items():
         N = runs[0]["evaluated_N"]
         seen[N] = seen.get(N, -1) + 1
-        result[header] = COLOURS.get(N, "black"), ["-", "--", ":", "-."][seen[N] % 4]
+        result[header] = colours[N], ["-", "--", ":", "-."][seen[N] % 4]
     return result
 
 

@@ -2387,6 +2387,14 @@ def test_eval_headers_name_no_flag_without_effect():
     assert columns == {"N=1": 2, "N=4, reinject False": 1, "N=4, reinject True": 1}
 
 
+def test_eval_every_evaluated_N_has_a_colour_of_its_own():
+    """Numbers of passes without a colour of their own are all drawn in black."""
+    columns = {f"N={N}": [run_of(str(N), N=N) | {"evaluated_N": N}] for N in (4, 8, 10, 12, 16, 32)}
+    looks = evaluation.looks(columns)
+    assert len({colour for colour, _ in looks.values()}) == 6
+    assert looks["N=8"] == evaluation.looks({"N=8": columns["N=8"]})["N=8"]  # the same in every figure
+
+
 def test_eval_any_row_name_will_do(tmp_path):
     """A task of a fork, whose rows have names of their own, is called damaged, or cannot be tabled or drawn."""
     pytest.importorskip("matplotlib")
