@@ -2389,7 +2389,7 @@ def test_eval_headers_name_no_flag_without_effect():
 
 def test_eval_every_evaluated_N_has_a_colour_of_its_own():
     """Numbers of passes without a colour of their own are all drawn in black."""
-    columns = {f"N={N}": [run_of(str(N), N=N) | {"evaluated_N": N}] for N in (4, 8, 10, 12, 16, 32)}
+    columns = {f"N={N}": [run_of(str(N), N=N)] for N in (4, 8, 10, 12, 16, 32)}
     looks = evaluation.looks(columns)
     assert len({colour for colour, _ in looks.values()}) == 6
     assert looks["N=8"] == evaluation.looks({"N=8": columns["N=8"]})["N=8"]  # the same in every figure
