@@ -4,11 +4,12 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (how many tokens must be remembered, a
 multiple of the window L), `T` (tokens in every row), and
-    batch(seed, split, s, B)                x, y, m: tokens, what to predict, and which positions are scored; no row is
-                                            scored in a window and another only later (sleep.split_chunks)
-    score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"); "first ...",
-                                            "... bit" and "... rows" repeat questions that
-                                            stand under other names
+    batch(seed, split, s, B)                x, y (int64) and m (bool), (B, T): tokens, what to predict, and which
+                                            positions are scored; no row is scored in a window and another only later
+                                            (sleep.split_chunks)
+    score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"), of which t,
+                                            if there is one, is part of the name; "first ...", "... bit" and "... rows"
+                                            repeat questions that stand under other names
     losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}
     chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..}
     decode(ids)                             text for people

@@ -208,7 +208,12 @@ def read_log(path):
 # evaluation
 
 BATCH = 256  # problems at a time, here and in training's scores; fixed: a task's problems depend on the batch size
-TOKENS_AT_ONCE = 2**16  # of them that the model sees at a time: long texts would not fit into a GPU's memory
+TOKENS_AT_ONCE = 2**16  # of long texts fewer: they would not fit into a GPU's memory
+
+
+def batch_size(task):
+    """Problems that are drawn and answered at a time. With many small batches of long texts all lengths occur."""
+    return max(1, min(BATCH, TOKENS_AT_ONCE // task.T))
 
 
 def sleep_config(config):
@@ -228,7 +233,7 @@ def algorithm_of(model, config, use_checkpoint=False):
     return Algorithm1(model, sleep_config(config), use_checkpoint, config["answer_passes"])
 
 
-def predict(algorithm, task, split, L, n, seed, batch):
+def predict(algorithm, task, split, L, n, seed):
     """
     Put n problems of a split to a model, on the device it is on, as an Algorithm1 with windows of L tokens.
 
@@ -239,22 +244,20 @@ def predict(algorithm, task, split, L, n, seed, batch):
     """
     model = algorithm.model
     device, training = next(model.parameters()).device, model.training
-    batches = []
+    batch, batches = batch_size(task), []
     model.eval()
     try:
         # not inference_mode: the rotation tables that the model caches here must still be usable in training
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(device):
             for s in tqdm(range(-(-n // batch)), f"N={algorithm.config.N}", leave=False, disable=None):
                 x, y, m = (a[: n - s * batch] for a in task.batch(seed, split, s, batch))
-                chunks = split_chunks(m, L)
-                for part in zip(*(a.split(max(1, TOKENS_AT_ONCE // task.T)) for a in (x, y, m))):
-                    batches.append((*part, *answers(algorithm, *part, chunks, device)))
+                batches.append((x, y, m, *predict_batch(algorithm, x, y, m, split_chunks(m, L), device)))
     finally:
         model.train(training)
     return tuple(torch.cat(a) for a in zip(*batches))
 
 
-def answers(algorithm, x, y, m, chunks, device):
+def predict_batch(algorithm, x, y, m, chunks, device):
     """One batch of `predict`: x, y, m (B, T) on the CPU -> pred, ce (B, T) and passes (B,) on the CPU."""
     logits, positions, stats = algorithm.logits(x.to(device), m.to(device), chunks)
     logits, positions = logits.float(), positions.cpu()  # (B, T_pred, vocab_size), (B, T_pred)
@@ -280,9 +283,9 @@ def summarise(task, x, y, m, pred, ce, passes):
     return {"rows": rows, "loss": float(ce[m].mean()), "examples": len(x), "passes": float(passes.mean())}
 
 
-def evaluate(algorithm, task, split, L, n, seed, batch):
+def evaluate(algorithm, task, split, L, n, seed):
     """`summarise` what `predict` returns; for the arguments see there."""
-    return summarise(task, *predict(algorithm, task, split, L, n, seed, batch))
+    return summarise(task, *predict(algorithm, task, split, L, n, seed))
 
 
 def headline_keys(rows):
@@ -530,9 +533,11 @@ PAPER = {
         4: ((1, 2, 4, 8, 16), (0.22, 0.43, 0.79, 1.16, 1.46)),
     },
 }
-AS_IN_THE_PAPER = {"evict": "hard", "sleep_attention": "causal", "reinject": False, "answer_passes": 1}
+AS_IN_THE_PAPER = dict(
+    evict="hard", sleep_attention="causal", reinject=False, answer_passes=1, random_N=False, grow=0.0
+)  # fmt: skip
 PAPER_SETTING = {
-    "rule110": {"width": 24, "strings": 4, "L": 24, "ask": "bit", "grow": 0.0} | AS_IN_THE_PAPER,
+    "rule110": {"width": 24, "strings": 4, "L": 24, "ask": "bit"} | AS_IN_THE_PAPER,
     "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75} | AS_IN_THE_PAPER,
 }
 
@@ -954,7 +959,7 @@ def probe(path, loaded, args):
     woken = []
     for n in range(1, config["N"] + 1):
         algorithm = algorithm_of(model, config | {"N": n})
-        woken.append(evaluate(algorithm, task, args.split, config["L"], args.n, args.seed, BATCH)["rows"])
+        woken.append(evaluate(algorithm, task, args.split, config["L"], args.n, args.seed)["rows"])
     result = {"path": path, "config": trained, "evaluated_N": config["N"], "change": change}
     result["held"] = {name: [found[name][0] for found in each] for name in targets}
     result["floor"] = {name: each[0][name][1] for name in targets}
@@ -1031,7 +1036,7 @@ def report_probe(args, loaded):
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
     print(probe_table(results))
     if args.json:
-        about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | problems(args) | where(args)
+        about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | which_problems(args) | where(args)
         write_json(args.json, about | {"runs": results})
     if args.plot:
         plot_probe(results, args.plot)
@@ -1353,7 +1358,7 @@ def score_run(run, loaded, args):
     """Evaluate a run, print its mistakes, and add its scores to its description."""
     model, task, config, _ = loaded
     algorithm = algorithm_of(model, config | {"N": run["evaluated_N"], "tol": run["tol"]})
-    asked = predict(algorithm, task, args.split, config["L"], args.n, args.seed, BATCH)
+    asked = predict(algorithm, task, args.split, config["L"], args.n, args.seed)
     if args.mistakes:
         adaptive = f", tol {run['tol']}" if run["tol"] else ""
         print(f"{run['path']}, N={run['evaluated_N']}{adaptive}: {mistakes(task, *asked[:4], args.mistakes)}\n")
@@ -1366,7 +1371,7 @@ def compare(args, loaded):
         raise ValueError(f"--t is for runs that were trained with --t, {args.runs[0]} was not: leave it out")
     jobs = []
     for path, (model, task, config, progress) in zip(args.runs, loaded):
-        tasks = [build_task(config | {"t": t}) for t in dict.fromkeys(args.t)] if args.t else [task]
+        tasks = [task.at(t) for t in dict.fromkeys(args.t)] if args.t else [task]
         for task, (N, tol) in itertools.product(tasks, settings_of(config, args)):
             algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
             jobs.append((path, (model, task, config, progress), N, tol))
@@ -1376,7 +1381,7 @@ def compare(args, loaded):
         score_run(run, one, args)
     print(report(columns, args))
     if args.json:
-        write_json(args.json, problems(args) | where(args) | {"runs": runs})
+        write_json(args.json, which_problems(args) | where(args) | {"runs": runs})
     if args.plot:
         plot(columns, args.plot, f"{args.n} {args.split} problems")
 
@@ -1387,7 +1392,7 @@ def where(args):
     return {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
 
 
-def problems(args):
+def which_problems(args):
     """What a results file says about the problems."""
     return {"split": args.split, "n": args.n, "seed": args.seed}
 

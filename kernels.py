@@ -540,7 +540,7 @@ SHAPES = {  # B, T, H, K, V
 
 
 def random_inputs(B, T, H, K, V, dtype, device):
-    """Arguments of delta_rule as a trained layer gives them: unit keys, decays near 1."""
+    """Arguments of delta_rule of the sizes that a layer gives them: unit keys, decays exp(g) in (0.37, 1]."""
     normal = functools.partial(torch.randn, device=device)
     q, k = (F.normalize(normal(B, T, H, K), dim=-1).to(dtype) for _ in "qk")
     g, beta = -torch.rand(B, T, H, device=device).square(), torch.rand(B, T, H, device=device)

@@ -28,14 +28,14 @@ from model import FAST_MIXERS, LayerState
 class Chunk(NamedTuple):
     """Tokens start..stop-1 of the sequence.
 
-    heads: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk. All,
-    or a power of two from 8 on that holds the scored ones (so that few shapes occur), where that is a quarter of the
-    chunk or less: with the vocabulary of a public checkpoint the head costs more than a block.
+    n_logits: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk.
+    All, or a power of two from 8 on that holds the scored ones (so that few shapes occur), where that is a quarter of
+    the chunk or less: with the vocabulary of a public checkpoint the head costs more than a block.
     """
 
     start: int
     stop: int
-    heads: int
+    n_logits: int
 
 
 def split_chunks(m, L):
@@ -55,7 +55,7 @@ def split_chunks(m, L):
             raise ValueError(f"rows disagree on tokens {start}..{stop - 1}: some are scored there, others only later")
         few = max(8, 1 << (int(scored.max()) - 1).bit_length()) if scored.any() else 0
         chunks.append(Chunk(start, stop, few if 4 * few <= stop - start else stop - start))
-    while chunks and not chunks[-1].heads:
+    while chunks and not chunks[-1].n_logits:
         chunks.pop()
     if not chunks:
         raise ValueError("the loss mask scores no token: there is nothing to learn or to answer")
@@ -76,15 +76,20 @@ def evict(state, config):
     config: a SleepConfig; keep = 0 is hard eviction. With more, the convolution's history stays too: the sequence goes
     on. Gradients flow through all that stays.
     """
-    keep = config.keep
-    if not keep:
+    if not config.keep:
         return [LayerState(S=layer.S) for layer in state]
-    cut = slice(None if math.isinf(keep) else -keep, None)
-    return [layer if layer.k is None else layer._replace(k=layer.k[:, cut], v=layer.v[:, cut]) for layer in state]
+    if math.isinf(config.keep):
+        return state
+
+    def last(a, n=0):  # 0: all. A copy, because a view would hold all of it in memory, and Sleeper.save would write it
+        return a if a is None else a[:, -n:].clone()
+
+    n = config.keep
+    return [LayerState(a.S, a.conv and tuple(map(last, a.conv)), last(a.k, n), last(a.v, n)) for a in state]
 
 
 def window_of(config):
-    """How many tokens attention sees, itself included: a sliding window slides, a hard one just ends."""
+    """How many tokens attention sees, itself included, in a window and behind it: sliding slides, hard just ends."""
     return config.keep + 1 if config.keep else math.inf
 
 
@@ -136,7 +141,7 @@ def next_input(model, h, embedded, config):
 
 
 def sleep_passes(model, h, state, config, use_checkpoint=False):
-    """Line 6: the N passes over one chunk, one by one; yields (features fed into the pass, state after it).
+    """Lines 6 and 7: the N passes over one chunk, one by one; yields (features fed into the pass, state after it).
 
     h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
@@ -160,18 +165,18 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
 
 
 def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
-    """Lines 6 and 7: sleep over one chunk, then evict. Arguments as in sleep_passes.
+    """Lines 6 and 7, then the eviction, which the algorithm does not number. Arguments as in sleep_passes.
 
     on_pass: called after every pass with its number and relative_change. Returns the new state, the features that
     entered the last pass, and how many passes each row slept, (B,) int64.
     """
-    nights = sleep_passes(model, h, state, config, use_checkpoint)
+    each_pass = sleep_passes(model, h, state, config, use_checkpoint)
     if on_pass:
-        nights = watched(nights, state, on_pass)
+        each_pass = watched(each_pass, state, on_pass)
     if config.tol:
-        fed_back, state, slept = until_settled(nights, state, config.tol)
+        fed_back, state, slept = until_settled(each_pass, state, config.tol)
     else:
-        for fed_back, state in nights:
+        for fed_back, state in each_pass:
             pass
         slept = torch.full((len(h),), config.N, device=h.device)
     return evict(state, config), fed_back, slept
@@ -198,17 +203,17 @@ class Algorithm1(nn.Module):
         """
         state = self.model.initial_state()  # line 1
         h, logits, positions, slept = None, [], [], []
-        for start, stop, heads in chunks:  # line 3
+        for start, stop, n_logits in chunks:  # line 3
             embedded = e = self.model.embed(x[:, start:stop])  # line 4
-            if heads:
+            if n_logits:
                 # line 10: one pass, still writing S; the cache is what the last eviction left
                 for n in range(self.answer_passes):
                     e = next_input(self.model, e, embedded, self.config) if n else e
                     e, new = self.model.blocks(e, state, window=window_of(self.config))
                 state = evict(new, self.config)
                 where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
-                if heads < stop - start:
-                    where = m[:, start:stop].int().topk(heads, 1).indices
+                if n_logits < stop - start:
+                    where = m[:, start:stop].int().topk(n_logits, 1).indices
                     e = e.gather(1, where[..., None].expand(-1, -1, e.shape[-1]))
                 logits.append(self.model.head(e))
                 positions.append(start + where)
@@ -243,22 +248,22 @@ def rms(x):
 # not in the paper: watch a sleep pass by pass, and wake when S has settled
 
 
-def watched(nights, state, on_pass):
+def watched(each_pass, state, on_pass):
     """The same passes; after each, on_pass(its number, relative_change) is called. state: before the first."""
-    for n, (fed_back, new) in enumerate(nights, 1):
+    for n, (fed_back, new) in enumerate(each_pass, 1):
         on_pass(n, relative_change(state, new))
         state = new
         yield fed_back, new
 
 
-def until_settled(nights, state, tol):
+def until_settled(each_pass, state, tol):
     """not in the paper: each row keeps the state of its first pass that changes its S by no more than a fraction tol.
 
-    nights: from sleep_passes, asked for no more once all rows have settled; state: before the first pass. Returns the
+    each_pass: from sleep_passes, asked for no more once all rows have settled; state: before the first. Returns the
     features that entered the last pass, the state, nothing evicted, and how many passes each row slept, (B,) int64.
     """
     settled = None
-    for fed_back, new in nights:
+    for fed_back, new in each_pass:
         change = relative_change(state, new)  # (B,)
         if settled is None:
             settled, slept = torch.zeros_like(change, dtype=torch.bool), torch.zeros_like(change, dtype=torch.int64)
@@ -314,7 +319,8 @@ class Sleeper:
 
     feed() stores ids and only a sleep changes S, always over the whole open window: so what is remembered does not
     depend on the pieces in which a stream arrives. config: a SleepConfig; L: the window in tokens; batch: rows that
-    advance together; on_pass as in sleep(). A call that raises ValueError changes nothing.
+    advance together; on_pass as in sleep(). A call that raises ValueError changes nothing. Answers take one pass, also
+    of a model that was trained with more of them (Algorithm1's answer_passes).
     """
 
     def __init__(self, model, config, L, batch=1, on_pass=None):
@@ -367,7 +373,7 @@ class Sleeper:
             return torch.zeros(len(self.window), dtype=torch.int64, device=self.window.device)
         h = self.model.embed(self.window)
         self.state, _, slept = sleep(self.model, h, self.state, self.config, on_pass=self.on_pass)
-        self.window = self.window[:, :0]
+        self.window = self.window[:, :0].clone()  # a view would keep the ids
         return slept
 
     def ask(self, tokens, max_new, remember=False):
@@ -389,7 +395,10 @@ class Sleeper:
         return found
 
     def save(self, path):
-        """Write memory and settings as plain tensors and numbers, under a temporary name first."""
+        """Write memory and settings as plain tensors and numbers, under a temporary name first.
+
+        Raises OSError, or torch's RuntimeError, where that is not possible.
+        """
         memory = {"format": 2, "model": fingerprint(self.model), "config": asdict(self.config), "L": self.L}
         memory |= {"window": self.window, "state": [tuple(layer) for layer in self.state]}
         torch.save(memory, f"{path}.tmp")

@@ -1062,9 +1062,9 @@ def test_sleep_head_sees_what_is_scored():
     for row, (start, stop) in enumerate(((45, 46), (50, 57), (72, 80))):  # elsewhere in each row, 1 to 8 tokens
         m[row, start:stop] = True
     few = split_chunks(m, window)
-    assert [chunk.heads for chunk in few] == [0, 8]
+    assert [chunk.n_logits for chunk in few] == [0, 8]
     results = []
-    for chunks in (few, [few[0], few[1]._replace(heads=window)]):
+    for chunks in (few, [few[0], few[1]._replace(n_logits=window)]):
         model.zero_grad()
         algorithm = Algorithm1(model, SleepConfig(2))
         loss, right, _ = algorithm(x, y, m, chunks)
@@ -1176,6 +1176,19 @@ def test_sleep_stream_tells_every_pass():
 
 
 @pytest.mark.parametrize("eviction", ("hard", "sliding"))
+def test_sleep_memory_holds_nothing_that_was_evicted(eviction, tmp_path):
+    """A file of what is remembered, or the memory itself, still holds tokens or caches that were thrown away."""
+    model, keep = random_model(), kept_tokens(eviction, L)
+    sleeper = Sleeper(model, SleepConfig(2, (1, 3), keep), L, batch=2)
+    sleeper.feed(random_ids(2, 3 * L))
+    sleeper.save(tmp_path / "memory.pt")
+    saved = torch.load(tmp_path / "memory.pt", weights_only=True)
+    held = [*state_tensors([LayerState(*layer) for layer in saved["state"]]), saved["window"]]
+    for a in (*held, *state_tensors(sleeper.state), sleeper.window):
+        assert a.untyped_storage().nbytes() == a.nbytes
+
+
+@pytest.mark.parametrize("eviction", ("hard", "sliding"))
 def test_sleep_memory_survives_a_file(eviction, tmp_path):
     """A saved memory lacks something, or is taken for that of another model."""
     model, keep = random_model(), kept_tokens(eviction, L)
@@ -1282,7 +1295,7 @@ def test_sleep_rows_may_end_early():
     x, y, m = random_ids(2, 4 * L), random_ids(2, 4 * L), torch.zeros(2, 4 * L, dtype=torch.bool)
     m[:, 2 * L : 2 * L + 3], m[1, 3 * L :] = True, True
     chunks = split_chunks(m, L)
-    assert [chunk.heads > 0 for chunk in chunks] == [False, False, True, True]
+    assert [chunk.n_logits > 0 for chunk in chunks] == [False, False, True, True]
     algorithm = Algorithm1(model, SleepConfig(2))
     loss, right, _ = algorithm(x, y, m, chunks)
     alone = [algorithm(*(a[i : i + 1] for a in (x, y, m)), split_chunks(m[i : i + 1], L)) for i in range(2)]
@@ -1582,6 +1595,7 @@ def test_data_score_losses_and_chance_against_slow_loops(task):
             guess = 1 / (99 if text.startswith("if") or op < 3 else 9999)
             count(f"op {op}", where, row, answer, guess, where, needed)
             continue
+        assert task.name == "depo", f"count by hand what {task.name} scores"
         successor, queries = parse_depo(task, x[row], y[row], m[row])
         for i, (k, _, where, name) in enumerate(queries):
             for key in (f"hops {k}", f"first hops {k}")[: 2 if i == 0 and task.t is None else 1]:
@@ -1611,7 +1625,7 @@ def test_data_scored_positions_lie_in_windows_that_every_row_answers(task):
     m = task.batch(0, "train", 0, 32)[2]
     window = next(w for w in (75, 24, task.context) if task.context % w == 0)
     chunks = split_chunks(m, window)
-    assert [c.heads > 0 for c in chunks] == [c.start >= task.context for c in chunks]
+    assert [c.n_logits > 0 for c in chunks] == [c.start >= task.context for c in chunks]
 
 
 @pytest.mark.parametrize(
@@ -1860,7 +1874,7 @@ def test_data_gsm_answers_of_a_batch_lie_in_one_chunk(sizes):
     for s in range(24 if task.T < 200 else 3):
         rows, positions = task.batch(0, "train", s, 16 if task.T < 200 else 4)[2].nonzero().T
         (chunk,) = set((positions // task.L).tolist())
-        assert chunk >= 1 and split_chunks(task.batch(0, "train", s, 4)[2], task.L)[chunk].heads
+        assert chunk >= 1 and split_chunks(task.batch(0, "train", s, 4)[2], task.L)[chunk].n_logits
         chosen.add(chunk)
         lengths += [int(positions[rows == row].min()) + 1 for row in set(rows.tolist())]
     assert task.min_length <= min(lengths) and max(lengths) <= task.max_length
@@ -2104,7 +2118,7 @@ def test_eval_leaves_training_untouched(flags):
                 weights = {name: p.clone() for name, p in model.state_dict().items()}
                 split = data.SPLITS[step]
                 algorithm = Algorithm1(model, SleepConfig(config.N))
-                rows = evaluation.evaluate(algorithm, trainer.task, split, config.L, 12, 0, 5)["rows"]
+                rows = evaluation.evaluate(algorithm, trainer.task, split, config.L, 12, 0)["rows"]
                 assert rows
                 assert torch.equal(before[0], torch.get_rng_state()) and before[2] == model.training
                 assert before[1] == np.random.get_state()[1].tolist()
@@ -2113,7 +2127,7 @@ def test_eval_leaves_training_untouched(flags):
     a, b = (trainer.model.state_dict() for trainer in trainers)
     assert all(torch.equal(a[name], b[name]) for name in a)
     trainers[0].model.eval()
-    evaluation.evaluate(Algorithm1(trainers[0].model, SleepConfig(1)), trainers[0].task, "val", config.L, 4, 0, 4)
+    evaluation.evaluate(Algorithm1(trainers[0].model, SleepConfig(1)), trainers[0].task, "val", config.L, 4, 0)
     assert not trainers[0].model.training
 
 
@@ -2131,12 +2145,13 @@ def test_eval_perfect_predictions_score_1_beside_chance(task):
     assert perfect["loss"] == pytest.approx(float(ce[m].mean()), rel=1e-5) and perfect["passes"] == 2.5
 
 
-def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
+def test_eval_predict_is_the_argmax_of_algorithm_1(finished, monkeypatch):
     """What is scored is not what the model says: batches cut or shifted, predictions in the wrong columns."""
     model, task, config, progress = evaluation.load_run(finished["depo"], "cpu")
     assert progress["step"] == 2 and progress["tokens"] == 2 * 8 * task.T
     algorithm = Algorithm1(model, SleepConfig(2))
-    x, y, m, pred, ce, passes = evaluation.predict(algorithm, task, "test", config["L"], 20, 3, 8)
+    monkeypatch.setattr(evaluation, "BATCH", 8)
+    x, y, m, pred, ce, passes = evaluation.predict(algorithm, task, "test", config["L"], 20, 3)
     assert passes.tolist() == [2.0] * 20
     assert x.shape == pred.shape == (20, task.T)
     assert torch.equal(x[8:16], task.batch(3, "test", 1, 8)[0])
@@ -2148,18 +2163,25 @@ def test_eval_predict_is_the_argmax_of_algorithm_1(finished):
 
 
 def test_eval_long_texts_are_scored_few_at_a_time(finished, monkeypatch):
-    """Validation needs more memory than training, or a problem is answered otherwise because of its company."""
+    """Validation needs more memory than training, or the problems depend on how long a short text is."""
     model, task, config, _ = evaluation.load_run(finished["depo"], "cpu")
     algorithm, sizes = Algorithm1(model, SleepConfig(2)), []
     logits = algorithm.logits
-    score = functools.partial(evaluation.predict, algorithm, task, "test", config["L"], 20, 3, 8)
-    want = score()
     monkeypatch.setattr(algorithm, "logits", lambda x, *rest: sizes.append(len(x)) or logits(x, *rest))
     monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", 3 * task.T + 1)
-    got = score()
-    assert sizes == [3, 3, 2, 3, 3, 2, 3, 1]
-    for i, (a, b) in enumerate(zip(got, want)):
-        assert error(a, b) <= 1e-5 if i == 4 else torch.equal(a, b)
+    x = evaluation.predict(algorithm, task, "test", config["L"], 8, 3)[0]
+    assert sizes == [3, 3, 2]
+    assert torch.equal(x, torch.cat([task.batch(3, "test", s, 3)[0] for s in range(3)])[:8])
+    monkeypatch.undo()
+    assert [evaluation.batch_size(SimpleNamespace(T=T)) for T in (1, 256, 257, 2**17)] == [256, 256, 255, 1]
+
+
+def test_eval_scores_texts_of_every_length():
+    """Problems of a batch answer in one window: with few batches, texts of most lengths are never scored."""
+    task = GSMInfinite(op=2, min_op=1, min_length=2001, max_length=3300, L=512)
+    B = evaluation.batch_size(task)
+    lengths = [task.batch(0, "test", s, B)[2].int().argmax(1) + 1 for s in range(-(-400 // B))]
+    assert {int(n) // 512 for n in torch.cat(lengths)} == {3, 4, 5, 6}
 
 
 def test_eval_command_reports_runs(finished, tmp_path, monkeypatch, capsys):
@@ -2206,7 +2228,7 @@ def test_eval_asks_for_other_steps_than_trained(finished, tmp_path, monkeypatch,
         assert run["config"]["t"] == config["t"] == 1 and list(run["rows"]) == [f"t={t} exact", f"t={t} bit"]
         other = data.Rule110(config["width"], t, config["strings"])
         algorithm = evaluation.algorithm_of(model, config | {"N": N})
-        want = evaluation.evaluate(algorithm, other, "test", config["L"], 300, 0, evaluation.BATCH)
+        want = evaluation.evaluate(algorithm, other, "test", config["L"], 300, 0)
         assert run["rows"] == want["rows"]
         assert f"| t={t} exact |" in printed and (t == 1 or f"{finished['rule110']}, t={t} |" in printed)
     assert "| N=2, evaluated at N=1 | N=2 |" in printed
@@ -2244,7 +2266,7 @@ def test_eval_asks_for_other_hops_than_trained(hops, tmp_path, monkeypatch, caps
     for run in json.loads(out.read_text())["runs"]:
         N, t = run["evaluated_N"], run["evaluated_t"]
         algorithm = evaluation.algorithm_of(model, flags | {"N": N})
-        want = evaluation.evaluate(algorithm, Depo(6, hops, 5, 1, 3, t), "test", config.L, 30, 0, evaluation.BATCH)
+        want = evaluation.evaluate(algorithm, Depo(6, hops, 5, 1, 3, t), "test", config.L, 30, 0)
         assert run["rows"] == want["rows"]
         assert list(run["rows"]) == [f"hops {k}" for k in range(1 if hops else t, t + 1)]
         assert sum(row["n"] for row in run["rows"].values()) == 30 * 5
@@ -2705,7 +2727,7 @@ def test_eval_scores_the_problems_that_were_asked_for(finished, tmp_path, monkey
     found = json.loads(out.read_text())
     model, task, config, _ = evaluation.load_run(finished["rule110"], "cpu")
     algorithm = evaluation.algorithm_of(model, config)
-    want = evaluation.evaluate(algorithm, task, "val", config["L"], 300, 3, evaluation.BATCH)
+    want = evaluation.evaluate(algorithm, task, "val", config["L"], 300, 3)
     assert (found["split"], found["n"], found["seed"]) == ("val", 300, 3) and found["runs"][0]["rows"] == want["rows"]
 
 
@@ -3311,7 +3333,7 @@ def test_train_uses_each_split_for_what_it_is_for(tmp_path, monkeypatch):
     (val,) = read_log(tmp_path / "run", "val")
     scores = {"val": val["scores"], "test": json.loads((tmp_path / "run" / "result.json").read_text())["test"]}
     for split, n in (("val", 16), ("test", 24)):
-        want = evaluation.evaluate(algorithm, task, split, flags["L"], n, 0, evaluation.BATCH)
+        want = evaluation.evaluate(algorithm, task, split, flags["L"], n, 0)
         assert scores[split]["examples"] == n and scores[split]["rows"] == want["rows"]
 
 
@@ -3408,6 +3430,20 @@ def test_train_killed_run_goes_on_without_a_trace(tmp_path, monkeypatch):
     assert train.run(config_of(flags, tmp_path / "cut", "--resume")) == 0
     for kind in ("train", "val"):
         assert read_log(tmp_path / "cut", kind) == read_log(tmp_path / "whole", kind) != []
+
+
+def test_train_killed_while_it_validates_loses_nothing(tmp_path, monkeypatch):
+    """What was trained before a validation is lost with it, or its scores are missing after a resume."""
+    flags = RULE110 + " --eval-every 10 --save-every 10 --out"
+    assert train.run(config_of(flags, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "scores", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config_of(flags, tmp_path / "cut"))
+    assert torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)["step"] == 10
+    assert train.run(config_of(flags, tmp_path / "cut", "--resume")) == 0
+    steps = [line["step"] for line in read_log(tmp_path / "cut", "val")]
+    assert steps == [10, 20] and read_log(tmp_path / "cut", "val") == read_log(tmp_path / "whole", "val")
 
 
 def test_train_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -3717,11 +3753,11 @@ def test_public_ouro_normalises_between_passes(small_public, tmp_path):
     _, model = load_small(tmp_path, "ouro-1.4b")
     x = random_ids(2, 6, 512)
     with torch.no_grad():
-        nights = list(sleep_passes(model, model.embed(x), model.initial_state(), SleepConfig(3, keep=math.inf)))
+        each_pass = list(sleep_passes(model, model.embed(x), model.initial_state(), SleepConfig(3, keep=math.inf)))
         h, _ = model.blocks(model.embed(x), model.initial_state())
-        assert error(nights[1][0], model.norm(h)) <= 1e-12
-        h, state = model.blocks(model.norm(h), [layer._replace(k=None, v=None, conv=None) for layer in nights[0][1]])
-        assert error(nights[2][0], model.norm(h)) <= 1e-12
+        assert error(each_pass[1][0], model.norm(h)) <= 1e-12
+        h, state = model.blocks(model.norm(h), [layer._replace(k=None, v=None, conv=None) for layer in each_pass[0][1]])
+        assert error(each_pass[2][0], model.norm(h)) <= 1e-12
 
 
 def test_public_safetensors_come_back_bit_for_bit(tmp_path):
@@ -3893,8 +3929,7 @@ def quick_runs(monkeypatch):
     sizes, predicted = {}, train.predicted_memory
     monkeypatch.setattr(train, "predicted_memory", lambda *run: sizes or sizes.update(predicted(*run)) or sizes)
     monkeypatch.setattr(train, "worker_pool", ThreadPoolExecutor)
-    for program in (train, evaluation):
-        monkeypatch.setattr(program, "BATCH", 16)
+    monkeypatch.setattr(evaluation, "BATCH", 16)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -3997,6 +4032,26 @@ def test_public_memory_prediction_counts_what_autograd_keeps(small_public, tmp_p
     config.device, config.checkpoint = "cuda", False  # bfloat16 there: copies of the weights, smaller activations
     half = train.predicted_memory(config, trainer.task)
     assert half["copies"] > 0 and 0.5 * sizes[0] < half["sequence"] * 2**30 < 0.95 * sizes[0]
+
+
+def sizes_and_need(min_length, max_length):
+    """What activation_bytes predicts for four short texts, and what a forward with --checkpoint holds, in bytes."""
+    flags = "--task gsm --op 1 --L 24 --pattern AD --d-model 32 --n-head 2 --d-mlp 32 --batch 4 --no-compile --N 2"
+    lengths = f"--min-length {min_length} --max-length {max_length}"
+    trainer = train.Trainer(config_of(f"{flags} --checkpoint --device cpu --evict sliding {lengths}"))
+    copies, one = train.activation_bytes(trainer.config, trainer.task)
+    x, y, m = trainer.task.batch(0, "train", 0, 4)
+    with LiveBytes() as memory:
+        loss = trainer.algorithm(x, y, m, split_chunks(m, 24))[0]
+        assert loss.requires_grad
+        return copies + 4 * one, memory.live
+
+
+def test_train_memory_prediction_grows_with_the_windows():
+    """Texts of up to seven windows are predicted as if they had one, or less than what another window holds."""
+    (short, held), (long, longer) = sizes_and_need(100, 100), sizes_and_need(172, 172)
+    assert longer - held <= long - short <= 1.8 * (longer - held)
+    assert sizes_and_need(40, 172)[0] == long
 
 
 @pytest.mark.parametrize("vocab_size", (2**16, 2**16 + 1, 248_320))

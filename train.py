@@ -46,7 +46,6 @@ from tqdm import tqdm
 
 from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, write_json
 from eval import (
-    BATCH,
     FREE,
     LATER_FLAGS,
     algorithm_of,
@@ -181,6 +180,7 @@ PRESETS = {
                      eval_every=200),
     },
     "depo": {
+        # not in the paper: plain delta layers, where it has Jet-Nemotron's with dynamic convolutions
         "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
                       d_model=512, n_head=8, batch=128, steps=138_000, muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
         "small": dict(nodes=24, hops=8, queries=8, name_tokens=1, min_nodes=8, L=24, pattern="ADAD", d_model=256,
@@ -255,11 +255,11 @@ def parse_config(argv):
     config.device = pick_device(config.device)
     config.task = "gsm" if config.init_from and "task" not in given else config.task
     check_public(config, given.keys())
-    presets = PRETRAINED_PRESETS if config.init_from else PRESETS[config.task]
+    presets = PRETRAINED_PRESETS if config.init_from else PRESETS.get(config.task, {})
     if config.preset == "auto":
         config.preset = "demo" if config.init_from else "small" if config.device == "cuda" else "tiny"
     if config.preset not in presets:
-        raise ValueError(f"--preset {config.preset} is none of those here: use {', '.join(presets)}")
+        raise ValueError(f"--preset {config.preset} is none of those here: use {', '.join(presets) or 'another task'}")
     for name, value in presets[config.preset].items():
         if not hasattr(config, name):
             raise ValueError(f"the preset {config.preset} sets {name}, which is no flag: name it in Config")
@@ -614,11 +614,16 @@ def saved_bytes(run, held):
     return sum(t.untyped_storage().nbytes() for t in new.values())
 
 
+def longest_batch(config, task, rows):
+    """Of the first 16 training batches of some rows the one with the most windows, and its chunks: texts differ."""
+    batches = (task.batch(config.seed, "train", s, rows) for s in range(16))
+    return max(((batch, split_chunks(batch[2], config.L)) for batch in batches), key=lambda pair: len(pair[1]))
+
+
 def traced_bytes(config, task, rows, N):
     """What autograd keeps of one forward of some rows with N passes, in bytes, without computing anything."""
     flags = vars(config) | {"N": N}
-    batch = task.batch(config.seed, "train", 0, rows)
-    chunks = split_chunks(batch[2], config.L)
+    batch, chunks = longest_batch(config, task, rows)
     half = torch.autocast("cpu", torch.bfloat16, enabled=config.device == "cuda")
     rope_table.cache_clear()  # it must hold no real tensors now, and no fake ones afterwards
     with FakeTensorMode() as fake, half, contextlib.ExitStack() as stack:
@@ -631,7 +636,8 @@ def traced_bytes(config, task, rows, N):
 def activation_bytes(config, task):
     """What the backward needs, in bytes: once, for the weights in bfloat16, and for each sequence of a micro-batch.
 
-    With --checkpoint a sequence needs S and what is fed into every pass, and, while it is recomputed, one whole pass.
+    With --checkpoint a sequence needs S and what is fed into every pass, the caches that outlive its windows, and,
+    while it is recomputed, one whole pass.
     """
     # a batch of one is laid out in another way, so two and three rows
     two, three, twice = (traced_bytes(config, task, *case) for case in ((2, 1), (3, 1), (2, 2)))
@@ -639,11 +645,15 @@ def activation_bytes(config, task):
     copies = max(0, two - 2 * one)
     if not config.checkpoint:
         return copies, one + (config.N - 1) * a_pass
-    nights = task.context // config.L
+    chunks = longest_batch(config, task, 2)[1]
+    asleep, keep = sum(not chunk.n_logits for chunk in chunks), sleep_config(vars(config)).keep
     blocks = empty_model(config, task).layers
     S = sum(math.prod(block.mixer.S_shape(1)) for block in blocks if not block.attends)
-    fed = 4 * (S + config.L * config.d_model) * config.N * nights
-    return copies, max(0, one - a_pass) + fed + a_pass // nights
+    keys = sum(block.mixer.k_proj.out_features for block in blocks if block.attends)
+    cached = sum(min(chunk.start, keep) for chunk in chunks if not chunk.n_logits)  # tokens, when the sleeps begin
+    fed = 4 * (S + config.L * config.d_model) * config.N * asleep
+    fed += 2 * keys * cached * (2 if config.device == "cuda" else 4)
+    return copies, max(0, one - a_pass) + fed + a_pass // asleep
 
 
 def predicted_memory(config, task):
@@ -854,7 +864,9 @@ class Trainer:
         self.graph_pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
 
     def forward_backward(self, micro, count):
-        """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch."""
+        """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch,
+        and the stats of Algorithm1.forward, which are those of this rank's last micro-batch.
+        """
         total, stats = 0, {}
         for i, (x, y, m, chunks) in enumerate(micro):
             # the ranks exchange their gradients once, with those of the last micro-batch
@@ -941,7 +953,7 @@ class Trainer:
         for name, value in (LATER_FLAGS | vars(self.config)).items():  # a flag that is gone was off
             if name not in FREE and saved["config"].get(name) != value:
                 was = saved["config"].get(name)
-                how = "the flags" if hasattr(self.config, name) else "the commit"
+                how = "the flags" if hasattr(self.config, name) and name in saved["config"] else "the commit"
                 raise ValueError(f"{path} was trained with {name} = {was}, not {value}: use {how} of that run")
         try:
             load_weights(self.model, saved["model"], path)
@@ -1053,6 +1065,8 @@ def train_loop(trainer, batches, log, interrupts):
     """Train to the last step. Returns what stopped it: "finished", "minutes", or a signal number."""
     config, reason = trainer.config, None
     step_fn = trainer.first_step
+    if trainer.step and trainer.step % config.eval_every == 0:
+        validate(trainer, log)  # if the run was killed between saving and this
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
         log.add(step_fn(*batches.get(trainer.step)))
@@ -1066,10 +1080,10 @@ def train_loop(trainer, batches, log, interrupts):
                 torch.cuda.synchronize()
             trainer.seconds += time.perf_counter() - started  # evaluating and saving are not training time
             log.flush()
-            if evaluating:
-                validate(trainer, log)
             if last or saving:
                 trainer.save(os.path.join(config.out, "ckpt.pt"))
+            if evaluating:
+                validate(trainer, log)
             started = time.perf_counter()
     batches.close()
     return reason or "finished"
@@ -1079,12 +1093,13 @@ def scores(trainer, split, n):
     """eval.evaluate with this run's task, N and window. The problems do not depend on the run's seed or batch size."""
     config = trainer.config
     algorithm = algorithm_of(trainer.model, vars(config))
-    return evaluate(algorithm, trainer.task, split, config.L, n, 0, BATCH)
+    return evaluate(algorithm, trainer.task, split, config.L, n, 0)
 
 
 def validate(trainer, log):
-    """Score held-out validation problems and log them; only rank 0 does."""
-    if log.active:
+    """Score held-out validation problems and log them, unless this step's are; only rank 0 does."""
+    lines = read_log(trainer.config.out)
+    if log.active and ("val", trainer.step) not in ((line["kind"], line["step"]) for line in lines):
         log.write({"kind": "val"} | trainer.counters() | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
@@ -1125,11 +1140,11 @@ def flops_per_step(config, task, chunks):
     rules, model = sleep_config(vars(config)), empty_model(config, task)
     pattern, layers = model.config.pattern, model.layers
     total = 0
-    for start, stop, heads in chunks:
+    for start, stop, n_logits in chunks:
         seen = stop - start, min(start, rules.keep), window_of(rules)
-        if heads:
+        if n_logits:
             total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
-            total += 2 * heads * model.config.d_model * model.config.vocab_size
+            total += 2 * n_logits * model.config.d_model * model.config.vocab_size
             continue
         *order, last = sum(passes(pattern, rules), [])
         total += sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
@@ -1138,9 +1153,9 @@ def flops_per_step(config, task, chunks):
 
 
 def provenance(trainer):
-    """What ran where: for config.json and result.json. flops_per_step: with all N passes."""
+    """What ran where: for config.json and result.json. flops_per_step: of the first batch, with all N passes."""
     config = trainer.config
-    chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, 1)[2], config.L)
+    chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, config.batch)[2], config.L)
     return {
         "config": vars(config),
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
@@ -1224,11 +1239,10 @@ def announce(trainer):
     print(", ".join(f"{k}={v}" for k, v in shown.items()))
     task = trainer.task
     N = f"1 to {config.N}" if config.random_N or config.grow else config.N
-    windows, answers = task.context // config.L, -(-(task.T - task.context) // config.L)
-    print(f"{task.name}: context {task.context} tokens = {windows} x {config.L}, each window slept over {N} times;")
-    print(
-        f"questions {task.T - task.context} tokens = {answers} window(s), {config.answer_passes} pass(es)", flush=True
-    )
+    chunks = longest_batch(config, task, 8)[1]
+    asleep = sum(not chunk.n_logits for chunk in chunks)
+    print(f"{task.name}: up to {task.T} tokens in windows of {config.L}; {asleep} of them slept over {N} times each,")
+    print(f"{len(chunks) - asleep} answered in {config.answer_passes} pass(es)", flush=True)
 
 
 def run(config):
