@@ -207,12 +207,15 @@ def read_log(path):
 # -----------------------------------------------------------------------------
 # evaluation
 
-BATCH = 256  # problems at a time, here and in training's scores; fixed: a task's problems depend on the batch size
+BATCH = 256  # problems at a time, here and in training's scores
 TOKENS_AT_ONCE = 2**16  # of long texts fewer: they would not fit into a GPU's memory
 
 
 def batch_size(task):
-    """Problems that are drawn and answered at a time. With many small batches of long texts all lengths occur."""
+    """Problems that are drawn and answered at a time: a function of the task, as its problems depend on it.
+
+    With many small batches of long texts all lengths occur.
+    """
     return max(1, min(BATCH, TOKENS_AT_ONCE // task.T))
 
 
@@ -888,8 +891,9 @@ def memories(model, task, config, split, seed, n):
     rules, L, device = sleep_config(config), config["L"], model.embedding.weight.device
     deltas = [i for i, block in enumerate(model.layers) if not block.attends]
     xs, memory, changes = [], [[] for _ in range(rules.N + 1)], torch.zeros(rules.N, len(deltas), device=device)
-    for s in tqdm(range(math.ceil(n / BATCH)), "memories", leave=False, disable=None):
-        x = task.batch(seed, split, s, BATCH)[0][: n - s * BATCH]
+    B = batch_size(task)
+    for s in tqdm(range(math.ceil(n / B)), "memories", leave=False, disable=None):
+        x = task.batch(seed, split, s, B)[0][: n - s * B]
         windows = x[:, : task.context].to(device).split(L, 1)
         for N in range(1, rules.N + 1):
             state, fewer = model.initial_state(), replace(rules, N=N)

@@ -2302,7 +2302,7 @@ def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkey
     """`--probe` looks at another state than the one after a pass, or its report lacks a part."""
     model, task, config, _ = evaluation.load_run(finished["rule110"], "cpu")
     x, memory, change = evaluation.memories(model, task, config, "test", 0, 6)
-    assert torch.equal(x, task.batch(0, "test", 0, evaluation.BATCH)[0][:6])
+    assert torch.equal(x, task.batch(0, "test", 0, evaluation.batch_size(task))[0][:6])
     after = []
     for first, last in ((1, 1), (2, 2), (2, 1)):  # the passes over the two windows
         sleepers = [Sleeper(model, SleepConfig(n), 8, batch=6) for n in (first, last)]
@@ -4164,7 +4164,8 @@ def test_train_presets_fit_their_task(task, preset):
     batches = train.Batches(train.build_task(vars(config)), config)
     for step in range(3):
         micro, count = batches.get(step)
-        assert len(micro) == config.accumulate and count > 0 and not micro[0][3][0].heads and micro[0][3][-1].heads
+        chunks = micro[0][3]
+        assert len(micro) == config.accumulate and count > 0 and not chunks[0].n_logits and chunks[-1].n_logits
 
 
 @pytest.mark.parametrize("program", (train, evaluation, kernels, data))

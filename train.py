@@ -615,8 +615,8 @@ def saved_bytes(run, held):
 
 
 def longest_batch(config, task, rows):
-    """Of the first 16 training batches of some rows the one with the most windows, and its chunks: texts differ."""
-    batches = (task.batch(config.seed, "train", s, rows) for s in range(16))
+    """Of the first 64 training batches of some rows the one with the most windows, and its chunks: texts differ."""
+    batches = (task.batch(config.seed, "train", s, rows) for s in range(64))
     return max(((batch, split_chunks(batch[2], config.L)) for batch in batches), key=lambda pair: len(pair[1]))
 
 
@@ -1098,8 +1098,8 @@ def scores(trainer, split, n):
 
 def validate(trainer, log):
     """Score held-out validation problems and log them, unless this step's are; only rank 0 does."""
-    lines = read_log(trainer.config.out)
-    if log.active and ("val", trainer.step) not in ((line["kind"], line["step"]) for line in lines):
+    done = log.active and ((line["kind"], line["step"]) for line in read_log(trainer.config.out))
+    if log.active and ("val", trainer.step) not in done:
         log.write({"kind": "val"} | trainer.counters() | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
