@@ -73,8 +73,8 @@ def kept_tokens(eviction, L):
 def evict(state, config):
     """The fast weights S stay, caches and convolution histories go, but for the last config.keep tokens of the cache.
 
-    config: a SleepConfig; keep = 0 is hard eviction. With more, the convolution's history stays too: the sequence goes
-    on. Gradients flow through all that stays.
+    config: a SleepConfig; keep = 0 is hard eviction, infinity none. With more than 0 the convolution's history stays
+    too: the sequence goes on. Gradients flow through all that stays.
     """
     if not config.keep:
         return [LayerState(S=layer.S) for layer in state]

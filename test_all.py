@@ -4043,7 +4043,7 @@ def sizes_and_need(min_length, max_length):
     x, y, m = trainer.task.batch(0, "train", 0, 4)
     with LiveBytes() as memory:
         loss = trainer.algorithm(x, y, m, split_chunks(m, 24))[0]
-        assert loss.requires_grad
+        assert loss.requires_grad  # and it keeps the graph alive while this is counted
         return copies + 4 * one, memory.live
 
 

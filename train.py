@@ -1098,8 +1098,10 @@ def scores(trainer, split, n):
 
 def validate(trainer, log):
     """Score held-out validation problems and log them, unless this step's are; only rank 0 does."""
-    done = log.active and ((line["kind"], line["step"]) for line in read_log(trainer.config.out))
-    if log.active and ("val", trainer.step) not in done:
+    if not log.active:
+        return
+    logged = [(line["kind"], line["step"]) for line in read_log(trainer.config.out)]
+    if ("val", trainer.step) not in logged:
         log.write({"kind": "val"} | trainer.counters() | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
