@@ -2163,15 +2163,18 @@ def test_eval_predict_is_the_argmax_of_algorithm_1(finished, monkeypatch):
 
 
 def test_eval_long_texts_are_scored_few_at_a_time(finished, monkeypatch):
-    """Validation needs more memory than training, or the problems depend on how long a short text is."""
+    """Validation needs more memory than training, or a problem is answered otherwise because of its company."""
     model, task, config, _ = evaluation.load_run(finished["depo"], "cpu")
     algorithm, sizes = Algorithm1(model, SleepConfig(2)), []
     logits = algorithm.logits
     monkeypatch.setattr(algorithm, "logits", lambda x, *rest: sizes.append(len(x)) or logits(x, *rest))
     monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", 3 * task.T + 1)
-    x = evaluation.predict(algorithm, task, "test", config["L"], 8, 3)[0]
+    x, y, m, pred, ce, passes = evaluation.predict(algorithm, task, "test", config["L"], 8, 3)
     assert sizes == [3, 3, 2]
     assert torch.equal(x, torch.cat([task.batch(3, "test", s, 3)[0] for s in range(3)])[:8])
+    with torch.no_grad():
+        together = evaluation.predict_batch(algorithm, x, y, m, split_chunks(m, config["L"]), "cpu")
+    assert torch.equal(pred, together[0]) and error(ce, together[1]) <= 1e-5 and torch.equal(passes, together[2])
     monkeypatch.undo()
     assert [evaluation.batch_size(SimpleNamespace(T=T)) for T in (1, 256, 257, 2**17)] == [256, 256, 255, 1]
 
