@@ -209,7 +209,8 @@ class Rule110:
         context = unpack_bits(state, self.width).reshape(B, self.context)
         for _ in range(self.t):
             state = rule110_step(state, self.width)
-        labels = unpack_bits(state, self.width)[:, : self.asked].reshape(B, -1, self.answer_tokens)
+        asked = unpack_bits(state, self.width)[:, : self.asked]
+        labels = asked.reshape(B, -1, self.answer_tokens)  # (B, 1, strings), whole rows: (B, strings, width)
         # not in the paper: a query token, so that the first answer is predicted after the last string is evicted; the
         # earlier answers follow it
         query = np.broadcast_to(2 + np.arange(labels.shape[1])[:, None], (B, labels.shape[1], 1))
@@ -397,8 +398,9 @@ class Depo:
         self.farthest = hops if t is None else t  # most hops that are asked for
         self.query = 2 * MINI_VOCAB - 1  # <query_k> is token query + k
         self.answer = self.query + hops + 1 if t is None else -1  # with t there is no such token
-        self.pad = self.query + hops + (2 if t is None else 1)
-        self.vocab_size = self.pad + 1
+        self.words = [s + "-" for s in SYLLABLES] + SYLLABLES + [f"<query_{k}>" for k in range(1, hops + 1)]
+        self.words += ["<answer>"] * (t is None) + ["<pad>"]
+        self.vocab_size, self.pad = len(self.words), len(self.words) - 1
         self.prompt, self.answer_tokens = "", 1 + name_tokens if t is None else 1
         self.context = 2 * name_tokens * nodes
         self.told = int(hops > 0)  # tokens of a question before the name: <query_k>, if it says how far
@@ -491,17 +493,11 @@ class Depo:
 
     def decode(self, ids):
         """Token ids (any 1-d sequence) -> str; the name "ka-mi" is the tokens "ka-" (goes on) and "mi" (ends it)."""
-        words = self._words()
-        return " ".join(words[int(i)] for i in ids).replace("- ", "-")
-
-    def _words(self):
-        words = [s + "-" for s in SYLLABLES] + SYLLABLES
-        words += [f"<query_{k}>" for k in range(1, self.hops + 1)]
-        return words + ["<answer>"] * (self.t is None) + ["<pad>"]
+        return " ".join(self.words[int(i)] for i in ids).replace("- ", "-")
 
     def encode(self, text):
         """The inverse of decode, a list of int. Raises ValueError that names the words it has not."""
-        ids = {word: i for i, word in enumerate(self._words())}
+        ids = {word: i for i, word in enumerate(self.words)}
         return look_up(text.lower().replace("-", "- ").split(), ids, self.name)
 
     def hidden(self, x):
@@ -690,17 +686,18 @@ class Dice:
     def __init__(self, rng):
         self.rng, self.block = rng, []
 
-    def below(self, n):
-        """An integer from 0 to n-1."""
+    def _uniform(self):
         if not self.block:
             self.block = self.rng.random(2048).tolist()
-        return int(self.block.pop() * n)
+        return self.block.pop()
+
+    def below(self, n):
+        """An integer from 0 to n-1."""
+        return int(self._uniform() * n)
 
     def chance(self, p):
         """True with probability p."""
-        if not self.block:
-            self.block = self.rng.random(2048).tolist()
-        return self.block.pop() < p
+        return self._uniform() < p
 
     def pick(self, items):
         """One of the items of a sequence."""
@@ -908,7 +905,7 @@ class World:
         return True
 
 
-RHS = {word: ids_of(word) for word in ("plus", "times", "is positive .")}
+UNKNOWN = ids_of("is positive .")
 JOINED = {"one": [], "sum": ids_of("the sum of"), "difference": ids_of("the difference of")}
 
 
@@ -917,12 +914,12 @@ def sentence(node):
     if node.role == TOTAL:
         return []
     if node.operation == "unknown":
-        return [*node.name, *RHS["is positive ."]]
+        return [*node.name, *UNKNOWN]
     tokens = [*node.name, EQUALS]
     if not node.refs:
         return tokens + LITERALS[node.k] + [DOT]
     if node.operation:
-        tokens += LITERALS[node.k] + RHS[node.operation]
+        tokens += LITERALS[node.k] + [ID[node.operation]]
     tokens += JOINED[node.joined]
     for ref in node.refs:
         tokens += ref.name
@@ -957,7 +954,7 @@ def number(tokens):
 
 def read_rhs(rhs):
     """The tokens of a sentence behind <name> equals, without the dot -> Fact."""
-    if rhs == RHS["is positive ."][1:-1]:
+    if rhs == UNKNOWN[1:-1]:  # its "is" stands where the others have EQUALS
         return Fact("unknown", 0, "one", [])
     i = 0
     while i < len(rhs) and ZERO <= rhs[i] < ZERO + 10:
@@ -1395,9 +1392,8 @@ class GSMInfinite:
         """Text of this grammar -> its token ids, a list of int. Raises ValueError that names the words it has not."""
         return look_up(re.findall(r"<\w+>|[a-z]+:|[a-z]+|\d|\S", text.lower()), ID, self.name)
 
-    def by_op(self, x, values):
-        """Sort one value per row by op. x: (B, T) tensor, values: (B,) -> dict of arrays."""
-        op = self.measures(x)["op"]
+    def by_op(self, op, values):
+        """Sort one value per row by op. op, values: (B,) arrays -> dict of arrays."""
         return {f"op {i}": values[op == i] for i in range(self.min_op, self.op + 1)}
 
     def _answers(self, x, y, m):
@@ -1412,7 +1408,7 @@ class GSMInfinite:
 
         With a worked solution that is all of it too: behind the true solution the answer would only have to be copied.
         """
-        return self.by_op(x, ~(m & (pred != y)).any(1).cpu().numpy())
+        return self.by_op(self.measures(x)["op"], ~(m & (pred != y)).any(1).cpu().numpy())
 
     def losses(self, x, y, m, ce):
         """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
@@ -1420,8 +1416,8 @@ class GSMInfinite:
 
     def mean_losses(self, x, part, ce):
         """The mean of ce where `part`, arrays (B, T'), for each op of the problems x, as in losses."""
-        total = self.by_op(x, np.where(part, ce, 0).sum(axis=1))
-        count = self.by_op(x, part.sum(axis=1))
+        op = self.measures(x)["op"]
+        total, count = self.by_op(op, np.where(part, ce, 0).sum(axis=1)), self.by_op(op, part.sum(axis=1))
         return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
 
     def chance(self, x, y, m):
@@ -1431,12 +1427,12 @@ class GSMInfinite:
         labels = self._answers(x, y, m)[1]
         written = [numbers_in(row) for row in x.tolist()]
         copied = np.array([numbers.count(label) / len(numbers) for numbers, label in zip(written, labels)])
-        copied = self.by_op(x, copied)
         facts = self.measures(x)
-        literal = (facts["reverse"] == 1) | (facts["op"] <= 2)
-        guess = self.by_op(x, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
+        op, literal = facts["op"], (facts["reverse"] == 1) | (facts["op"] <= 2)
+        copied = self.by_op(op, copied)
+        guess = self.by_op(op, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
         levels = {}
-        for key, answers in self.by_op(x, labels).items():
+        for key, answers in self.by_op(op, labels).items():
             some = len(answers) > 0
             levels[key] = {
                 "uniform": float(guess[key].mean()) if some else math.nan,
@@ -1506,13 +1502,13 @@ class GSMText:
         self.context = (self.min_length - 1) // self.L * self.L  # slept over in every row
         # how many of the tokenizer's tokens are one of ours, on problems of about this length
         length = 192 if sizes["name_words"] == 1 else self.min_length
-        self.words = GSMInfinite(**sizes | {"min_length": length, "max_length": length, "L": length - 1})
+        self.ours = GSMInfinite(**sizes | {"min_length": length, "max_length": length, "L": length - 1})
         rng = np.random.default_rng(0)
-        texts = [p.text(rng, self.words.question) for p, _ in self.words.draw(rng, "val", 32)]
+        texts = [p.text(rng, self.ours.question) for p, _ in self.ours.draw(rng, "val", 32)]
         self.rate = np.mean([len(self._text_ids(text)) / (len(text) + 1) for text in texts])
         low, high = self.min_length / self.rate, self.max_length / self.rate
-        ours = {"min_length": math.floor(low), "max_length": math.ceil(high), "L": math.floor(low) - 1}
-        self.words = GSMInfinite(**sizes | ours)
+        fitting = {"min_length": math.floor(low), "max_length": math.ceil(high), "L": math.floor(low) - 1}
+        self.ours = GSMInfinite(**sizes | fitting)
 
     def _encode(self, texts):
         """Texts -> lists of the tokenizer's ids."""
@@ -1520,7 +1516,7 @@ class GSMText:
 
     def _text_ids(self, text):
         """Our ids of a text -> the tokenizer's ids of it and the prompt."""
-        return sum(self._encode([self.words.plain_text(text), self.prompt]), [])
+        return sum(self._encode([self.ours.plain_text(text), self.prompt]), [])
 
     def batch(self, seed, split, s, B):
         """Batch number s: x, y int64 and m bool, torch CPU tensors (B, T)."""
@@ -1537,9 +1533,9 @@ class GSMText:
 
     def _rows(self, rng, split, B, chunk, seen):
         """Up to B rows with a length in the chunk's range that were not seen before: lists of (ids, answer's ids)."""
-        low, high = (min(max(round(n / self.rate), self.words.min_length), self.words.max_length) for n in chunk)
-        problems = self.words.draw(rng, split, B, [(low, high)])
-        prompts = [self._text_ids(problem.text(rng, self.words.question)) for problem, _ in problems]
+        low, high = (min(max(round(n / self.rate), self.ours.min_length), self.ours.max_length) for n in chunk)
+        problems = self.ours.draw(rng, split, B, [(low, high)])
+        prompts = [self._text_ids(problem.text(rng, self.ours.question)) for problem, _ in problems]
         answers = self._encode([f" {problem.answer}" for problem, _ in problems])
         rows = []
         for ids, answer, (problem, _) in zip(prompts, answers, problems):
@@ -1557,30 +1553,31 @@ class GSMText:
         """Any text -> its token ids, a list of int."""
         return self._encode([text])[0]
 
-    def own(self, x, y, m):
+    def in_our_tokens(self, x, y, m):
         """The batch that GSMInfinite would have made of these problems: x, y, m, torch CPU tensors."""
         rows = []
         for ids, target, scored in zip(x, y, m):
             text = self.decode(ids[: int(scored.nonzero()[0]) + 1]).removesuffix(self.prompt)
             answer = self.decode(target[scored]).replace(TEXT_END, "")
-            rows.append((self.words.encode(text) + [ANSWER], [*digits(int(answer)), END]))
+            rows.append((self.ours.encode(text) + [ANSWER], [*digits(int(answer)), END]))
         return lay_out(rows, max(len(text) + len(answer) for text, answer in rows) - 1, PAD)
 
     def score(self, x, y, m, pred):
         """All four (B, T) -> {"op k": bool array}: is every scored token right, hence the answer exact?"""
-        return self.words.by_op(self.own(x, y, m)[0], ~(m & (pred != y)).any(1).cpu().numpy())
+        op = self.ours.measures(self.in_our_tokens(x, y, m)[0])["op"]
+        return self.ours.by_op(op, ~(m & (pred != y)).any(1).cpu().numpy())
 
     def losses(self, x, y, m, ce):
         """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
-        return self.words.mean_losses(self.own(x, y, m)[0], *as_arrays(m, ce))
+        return self.ours.mean_losses(self.in_our_tokens(x, y, m)[0], *as_arrays(m, ce))
 
     def chance(self, x, y, m):
         """The same keys as score -> the accuracies of guessing, see GSMInfinite.chance."""
-        return self.words.chance(*self.own(x, y, m))
+        return self.ours.chance(*self.in_our_tokens(x, y, m))
 
     def explain(self, x, y, m):
         """One example, x, y, m (T,), as lines for a person, see GSMInfinite.explain."""
-        return self.words.explain(*(a[0] for a in self.own(x[None], y[None], m[None])))
+        return self.ours.explain(*(a[0] for a in self.in_our_tokens(x[None], y[None], m[None])))
 
 
 # -----------------------------------------------------------------------------
@@ -1588,7 +1585,8 @@ class GSMText:
 
 TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSMInfinite}
 
-# sizes a person can follow; the constructors' own defaults are the paper's
+# sizes a person can follow; the constructors' own defaults are the paper's. The keys are the constructors' arguments,
+# and so the flags of a task; None: may be left out
 EXAMPLE_SIZES = {
     "rule110": {"width": 12, "t": 4, "strings": 4, "ask": "bit"},
     "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3, "t": None},
@@ -1615,6 +1613,15 @@ def git_commit():
         return "unknown"
 
 
+def read_json(path, how):
+    """A JSON file that holds an object: a dict. Raises ValueError, which ends with `how` to mend it, if it does not."""
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot read {path} ({error}): {how}") from None
+
+
 def write_json(path, content):
     """Write JSON under a temporary name, then rename: a crash leaves the old file whole."""
     with open(path + ".tmp", "w") as f:
@@ -1635,7 +1642,7 @@ def main():
         for size, default in sizes.items():
             defaults.setdefault(size, {})[task] = default
     for size, of_task in defaults.items():
-        flag, kind = "--" + size.replace("_", "-"), type(max(of_task.values(), key=lambda v: v is not None))
+        flag, kind = "--" + size.replace("_", "-"), type(next(v for v in of_task.values() if v is not None))
         shown = {task: "left out" if default is None else default for task, default in of_task.items()}
         text = ", ".join(f"{task}: {default}" for task, default in shown.items()) + " unless given"
         if kind is bool:

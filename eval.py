@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, write_json
+from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, read_json, write_json
 from kernels import benchmark_table
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig
 from sleep import (
@@ -46,6 +46,7 @@ from sleep import (
     SleepConfig,
     Sleeper,
     answer,
+    attention_span,
     kept_tokens,
     read_plain,
     relative_change,
@@ -53,7 +54,6 @@ from sleep import (
     sleep_passes,
     split_chunks,
     state_tensors,
-    window_of,
 )
 
 # -----------------------------------------------------------------------------
@@ -184,11 +184,7 @@ def read_provenance(path, name="config.json"):
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), name)
     if not os.path.exists(file):
         return {}
-    try:
-        with open(file) as f:
-            return dict(json.load(f))
-    except (ValueError, TypeError):
-        raise ValueError(f"{file} is damaged: remove it, the table does not need it") from None
+    return read_json(file, "remove it, the table does not need it")
 
 
 def read_log(path):
@@ -478,7 +474,7 @@ def budget_table(runs):
     return as_markdown(table)
 
 
-def counts(columns):
+def seeds_of(columns):
     """How many seeds, for headings: "1 seed", "3 seeds", or "1 to 3 seeds"."""
     seeds = {len({run["config"]["seed"] for run in runs}) for runs in columns.values()}
     text = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
@@ -664,9 +660,9 @@ def draw_passes(ax, columns):
     """Left panel where models are scored with several N or tol: accuracy against the mean passes of a sleep."""
     models = models_of([run for group in columns.values() for run in group])
     for (header, runs), colour in zip(models.items(), itertools.cycle(list(COLOURS.values())[1:])):
-        for label, dashes, marker in ((header, "-", "o"), (f"{header}, adaptive", "--", "s")):
-            chosen = [run for run in runs if (run["tol"] > 0) == ("adaptive" in label)]
-            points = []
+        for adaptive, dashes, marker in ((False, "-", "o"), (True, "--", "s")):
+            chosen = [run for run in runs if (run["tol"] > 0) == adaptive]
+            label, points = header + ", adaptive" * adaptive, []
             for setting in {(run["evaluated_N"], run["tol"]) for run in chosen}:
                 same = [run for run in chosen if (run["evaluated_N"], run["tol"]) == setting]
                 scores = [100 * headline(run["rows"]) for run in same]
@@ -747,7 +743,7 @@ def plot(columns, path, problems):
     t = sorted({run["evaluated_t"] for run in runs} - {None})
     sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
-    lines = textwrap.wrap(sizes, 110) + [f"{counts(columns)}, {problems}{spread}"]
+    lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     plt.close(figure)
@@ -758,10 +754,10 @@ def plot(columns, path, problems):
 # what sleeping and answering cost
 
 
-def milliseconds(call, device, repeats=20):
-    """Times of one call in ms, a list; one call before them does not count."""
+def milliseconds(call, device):
+    """Times of twenty calls in ms, a list; one call before them does not count."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(21):
         start = time.perf_counter()
         call()
         if device != "cpu":
@@ -782,11 +778,11 @@ def time_sleeper(sleeper, device):
     with torch.no_grad():
         for name, x in {"sleep full": ids, "sleep one token": ids[:, :1]}.items():
             h = model.embed(x)
-            times[name] = milliseconds(lambda h=h: sleep(model, h, state, sleeper.config), device)
+            times[name] = milliseconds(lambda h=h: sleep(model, h, state, config), device)
         for name, x in {"empty": ids[:, :1], "full": ids}.items():
             times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, config), device)
         for name, past in {"empty": 1, "full": L - 1}.items():
-            _, read = model.blocks(model.embed(ids[:, :past]), state, window=window_of(config))
+            _, read = model.blocks(model.embed(ids[:, :past]), state, window=attention_span(config))
             times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, s, ids[:, :1], 1, config), device)
     return times
 
@@ -1155,19 +1151,7 @@ def chat(args, loaded):
 # tables from results files
 
 
-def read_results(path):
-    """A results file that this script wrote: a dict. Raises ValueError if it is missing or something else."""
-    try:
-        with open(path) as f:
-            saved = dict(json.load(f))
-    except FileNotFoundError:
-        raise ValueError(f"no file at {path}: give a results file that eval.py --json wrote") from None
-    except (OSError, ValueError, TypeError):
-        raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
-    return saved
-
-
-def number(value):
+def as_text(value):
     """A measured value as a table shows it: a text as it is, an integer in full, else three digits; None is empty."""
     if value is None or isinstance(value, str):
         return value or ""
@@ -1178,7 +1162,7 @@ def measured_table(saved):
     """Markdown of a file of measurements: a line per row, and the columns that the file names, {heading: key}."""
     rows = [[row[key] for key in saved["columns"].values()] for row in saved["rows"]]
     table = [[*saved["columns"]], ["---" if isinstance(value, str) else "--:" for value in rows[0]]]
-    table += [[number(value) for value in row] for row in rows]
+    table += [[as_text(value) for value in row] for row in rows]
     return as_markdown(table)
 
 
@@ -1198,12 +1182,12 @@ def with_defaults(run, rows):
     return {"evaluated_t": run["config"].get("t")} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
 
 
-def results_table(path, rows, budget=False, figure=None):
+def results_table(path, rows, budget, figure=None):
     """
     The Markdown table of a results file, of all its difficulties or of those that start with one of `rows`; with
     `budget` that of budget_table. figure: a PNG to draw it to. Raises ValueError if the file holds no such results.
     """
-    saved = read_results(path)
+    saved = read_json(path, "give a results file that eval.py --json wrote")
     try:
         if "runs" not in saved or "held" in saved["runs"][0]:
             if wrong := [name for name, given in (("rows", rows), ("budget", budget), ("plot", figure)) if given]:
@@ -1376,11 +1360,11 @@ def compare(args, loaded):
     jobs = []
     for path, (model, task, config, progress) in zip(args.runs, loaded):
         tasks = [task.at(t) for t in dict.fromkeys(args.t)] if args.t else [task]
-        for task, (N, tol) in itertools.product(tasks, settings_of(config, args)):
+        for asked, (N, tol) in itertools.product(tasks, settings_of(config, args)):
             algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
-            jobs.append((path, (model, task, config, progress), N, tol))
+            jobs.append((path, (model, asked, config, progress), N, tol))
     runs = [describe_run(*job) for job in jobs]
-    columns = columns_of(runs)
+    columns = columns_of(runs)  # of the same dicts that are scored below; refuses now that a run is given twice
     for run, (_, one, _, _) in zip(runs, jobs):
         score_run(run, one, args)
     print(report(columns, args))

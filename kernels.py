@@ -27,12 +27,12 @@ Read next: model.py, and the rest of this file at the end
 """
 
 import functools
-import gc
 import itertools
 import os
 import platform
 import sys
 import time
+from gc import collect  # gc is a cumulative sum here
 from types import SimpleNamespace
 
 import torch
@@ -431,7 +431,10 @@ def _layout(q, k, v):
 
 
 def _forward_outputs(q, k, v, g, beta, S):
-    """o (empty without q), the new S, and for the backward: errors, the S that enters each chunk, inverses."""
+    """o (empty without q), the new S, and for the backward: errors, the S that enters each chunk, inverses.
+
+    With the arguments of _forward, because this is also its fake, which tells torch.compile the shapes.
+    """
     (B, T, H, K), V = k.shape, v.shape[-1]
     NT, _, options = _plan(k, v)
     C = options["C"]
@@ -464,7 +467,7 @@ def _forward(
 
 
 def _backward_outputs(q, k, g, beta, error, states, inverse, do, dS_out):
-    """Gradients of q (empty without q), k, v, g, beta and S."""
+    """Gradients of q (empty without q), k, v, g, beta and S; also the fake of _backward, hence the arguments."""
     (B, T, H, K), V = k.shape, error.shape[-1]
     empty = functools.partial(torch.empty, device=k.device)
     dq = empty(0 if q is None else (B, T, H, K), dtype=k.dtype)
@@ -573,8 +576,8 @@ def floor_seconds(shape, itemsize, backward, bandwidth, flops):
     return max(moved / bandwidth, work / flops)
 
 
-def measure(call, device, budget=1.0):
-    """Seconds per call as (median, first quartile, third quartile): at least 3 samples, as many as fit the budget.
+def measure(call, device):
+    """Seconds per call as (median, first quartile, third quartile): 3 samples, or as many as fit a second, up to 30.
 
     On a GPU a sample is a batch of calls, so that it contains what the host needs to launch them and no idle time.
     """
@@ -592,7 +595,7 @@ def measure(call, device, budget=1.0):
     sample(2)  # compiles, allocates
     once = sample(1)
     n = max(1, int(0.02 / once)) if device == "cuda" else 1
-    samples = sorted(sample(n) for _ in range(max(3, min(30, int(budget / (once * n))))))
+    samples = sorted(sample(n) for _ in range(max(3, min(30, int(1 / (once * n))))))
     return tuple(samples[round(f * (len(samples) - 1))] for f in (0.5, 0.25, 0.75))
 
 
@@ -604,7 +607,7 @@ def graphed(call):
         for _ in range(3):
             call()
     torch.cuda.synchronize()
-    gc.collect()  # what an old graph of autograd still holds from another stream would break the recording
+    collect()  # what an old graph of autograd still holds from another stream would break the recording
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

@@ -458,6 +458,7 @@ class Model(nn.Module):
     def compile_blocks(self):
         """Compile each block, not the stack: equal blocks share one compilation, and passes and chunks reuse it."""
         torch._dynamo.config.recompile_limit = 32  # the blocks have one code and, with --learn delta, nine variants
+        torch._functorch.config.backward_pass_autocast = "off"  # else the float32 parts' backward would be in bfloat16
         for block in self.layers:
             block.compile(dynamic=False)
 

@@ -62,6 +62,26 @@ def split_chunks(m, L):
     return chunks
 
 
+@dataclass(frozen=True)
+class SleepConfig:
+    """How a model sleeps: in training, in evaluation and on a stream. Raises ValueError for numbers without sense."""
+
+    N: int = 1  # passes over a window; 1 is the ordinary hybrid
+    loop: tuple | None = None  # (first, last+1) of the blocks that are looped, all by default
+    keep: float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
+    causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
+    tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
+    reinject: bool = False  # not in the paper: every later pass sees the embedded tokens again, added to the features
+
+    def __post_init__(self):
+        if not 1 <= self.N <= 1000:
+            raise ValueError(f"N must be 1 to 1000 passes, got {self.N}")
+        if not 0 <= self.tol < math.inf:
+            raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
+        if self.tol and self.loop:
+            raise ValueError("with tol any pass may be the last, so all blocks must be looped (no loop): leave tol out")
+
+
 EVICTIONS = ("hard", "sliding", "all")
 
 
@@ -88,29 +108,9 @@ def evict(state, config):
     return [LayerState(a.S, a.conv and tuple(map(last, a.conv)), last(a.k, n), last(a.v, n)) for a in state]
 
 
-def window_of(config):
+def attention_span(config):
     """How many tokens attention sees, itself included, in a window and behind it: sliding slides, hard just ends."""
     return config.keep + 1 if config.keep else math.inf
-
-
-@dataclass(frozen=True)
-class SleepConfig:
-    """How a model sleeps: in training, in evaluation and on a stream. Raises ValueError for numbers without sense."""
-
-    N: int = 1  # passes over a window; 1 is the ordinary hybrid
-    loop: tuple | None = None  # (first, last+1) of the blocks that are looped, all by default
-    keep: float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
-    causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
-    tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
-    reinject: bool = False  # not in the paper: every later pass sees the embedded tokens again, added to the features
-
-    def __post_init__(self):
-        if not 1 <= self.N <= 1000:
-            raise ValueError(f"N must be 1 to 1000 passes, got {self.N}")
-        if not 0 <= self.tol < math.inf:
-            raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
-        if self.tol and self.loop:
-            raise ValueError("with tol any pass may be the last, so all blocks must be looped (no loop): leave tol out")
 
 
 def passes(pattern, config):
@@ -154,7 +154,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
         # not in the paper: that the convolution's history is not kept between passes
         start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
         # under hard eviction the last pass ends with its last write to S
-        args = fed_back, start, layers, n == config.N and not config.keep, window_of(config), config.causal
+        args = fed_back, start, layers, n == config.N and not config.keep, attention_span(config), config.causal
         if use_checkpoint and torch.is_grad_enabled():
             # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
             h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
@@ -198,31 +198,32 @@ class Algorithm1(nn.Module):
         """x (B, T) ids, m (B, T) bool, chunks from split_chunks(m, L) -> logits and where they stand.
 
         logits (B, T_pred, vocab_size) of prediction chunks only, and their positions in the sequence, (B, T_pred):
-        all that are scored are among them. Also, detached: the RMS of the last features fed into a sleeping pass, and
-        of the final S, both scalars, and the mean number of passes of each row's sleeps, (B,).
+        all that are scored are among them. Also, detached: the RMS of the last features fed into a sleeping pass (of
+        those before the head where nothing slept), and of the final S, both scalars, and the mean number of passes of
+        each row's sleeps, (B,).
         """
         state = self.model.initial_state()  # line 1
-        h, logits, positions, slept = None, [], [], []
+        fed_back, logits, positions, slept = None, [], [], []
         for start, stop, n_logits in chunks:  # line 3
-            embedded = e = self.model.embed(x[:, start:stop])  # line 4
-            if n_logits:
-                # line 10: one pass, still writing S; the cache is what the last eviction left
-                for n in range(self.answer_passes):
-                    e = next_input(self.model, e, embedded, self.config) if n else e
-                    e, new = self.model.blocks(e, state, window=window_of(self.config))
-                state = evict(new, self.config)
-                where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
-                if n_logits < stop - start:
-                    where = m[:, start:stop].int().topk(n_logits, 1).indices
-                    e = e.gather(1, where[..., None].expand(-1, -1, e.shape[-1]))
-                logits.append(self.model.head(e))
-                positions.append(start + where)
-            else:
-                state, h, n = sleep(self.model, e, state, self.config, self.use_checkpoint)  # lines 6, 7
-                slept.append(n)
+            embedded = h = self.model.embed(x[:, start:stop])  # line 4
+            if not n_logits:  # lines 6, 7
+                state, fed_back, passes_taken = sleep(self.model, h, state, self.config, self.use_checkpoint)
+                slept.append(passes_taken)
+                continue
+            # line 10: one pass, still writing S; the cache is what the last eviction left
+            for n in range(self.answer_passes):
+                h = next_input(self.model, h, embedded, self.config) if n else h
+                h, new = self.model.blocks(h, state, window=attention_span(self.config))
+            state = evict(new, self.config)
+            where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
+            if n_logits < stop - start:
+                where = m[:, start:stop].int().topk(n_logits, 1).indices
+                h = h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))
+            logits.append(self.model.head(h))
+            positions.append(start + where)
         with torch.no_grad():
             S = torch.cat([layer.S.flatten() for layer in state if layer.S is not None])
-            stats = {"h_rms": rms(e if h is None else h), "S_rms": rms(S)}
+            stats = {"h_rms": rms(h if fed_back is None else fed_back), "S_rms": rms(S)}
             stats["passes"] = torch.stack(slept or [x.new_zeros(len(x))]).float().mean(0)
         return torch.cat(logits, 1), torch.cat(positions, 1), stats
 
@@ -241,7 +242,7 @@ class Algorithm1(nn.Module):
 
 def rms(x):
     """Root mean square of all elements, a float32 scalar."""
-    return x.detach().float().square().mean().sqrt()
+    return x.float().square().mean().sqrt()
 
 
 # -----------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def answer(model, state, x, max_new, config):
     """
     new, past = [], 0
     for _ in range(max_new):
-        h, state = model.blocks(model.embed(x, past), state, window=window_of(config))
+        h, state = model.blocks(model.embed(x, past), state, window=attention_span(config))
         past += x.shape[1]
         x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
         new.append(x)
@@ -376,11 +377,11 @@ class Sleeper:
         self.window = self.window[:, :0].clone()  # a view would keep the ids
         return slept
 
-    def ask(self, tokens, max_new, remember=False):
+    def ask(self, tokens, max_new):
         """Greedy answer to a question (B, T >= 1): ids (B, max_new), read on top of the open window in one pass each.
 
-        Nothing of it stays, unless `remember` feeds question and answer into the stream. Raises ValueError if open
-        window, question and answer do not fit into L tokens: sleep() makes room.
+        Nothing of it stays: feed() question and answer to remember them. Raises ValueError if open window, question
+        and answer do not fit into L tokens: sleep() makes room.
         """
         tokens = self._check(tokens)
         x = torch.cat((self.window, tokens), 1)
@@ -389,10 +390,7 @@ class Sleeper:
         if x.shape[1] + max_new - 1 > self.L:
             parts = f"{self.window.shape[1]} tokens in the window, {tokens.shape[1]} of question, {max_new} of answer"
             raise ValueError(f"{parts} do not fit into L = {self.L}: call sleep() first, or ask less")
-        found = answer(self.model, self.state, x, max_new, self.config)
-        if remember:
-            self.feed(torch.cat((tokens, found), 1))
-        return found
+        return answer(self.model, self.state, x, max_new, self.config)
 
     def save(self, path):
         """Write memory and settings as plain tensors and numbers, under a temporary name first.
@@ -416,9 +414,8 @@ class Sleeper:
             sleeper = cls(model, SleepConfig(**saved["config"]), saved["L"], batch=len(saved["window"]))
             sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
             sleeper._check(saved["window"])
-            whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] <= sleeper.L  # L: interrupted
-            rows, blocks = len(sleeper.window), zip(sleeper.state, model.layers)
-            whole &= all(layer.S is None or layer.S.shape == block.mixer.S_shape(rows) for layer, block in blocks)
+            # a full window was saved when its sleep was interrupted
+            whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] <= sleeper.L
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
             whole = False
         if not whole:

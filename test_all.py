@@ -1138,7 +1138,7 @@ def test_sleep_stream_answers_as_in_training(N, loop, n_pos, eviction):
     assert torch.equal(got, x[:, -3:])
     other = Sleeper(model, SleepConfig(N, loop, keep), L, batch=3)
     other.feed(x)
-    sleeper.ask(x[:, 2 * L + 1 : -3], 3, remember=True)
+    sleeper.feed(x[:, 2 * L + 1 :])  # nothing of the question has stayed
     assert same_memory(sleeper, other)
 
 
@@ -3094,6 +3094,49 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
     batches.close()
 
 
+@pytest.mark.parametrize("fails", (False, True))
+def test_train_cuda_graph_without_a_gpu(fails):
+    """What records and replays a step does not run, or a step that cannot be recorded ends in a traceback."""
+    trainer = train.Trainer(config_of(RULE110))
+    batches = train.Batches(trainer.task, trainer.config)
+    first, second = batches.get(0), batches.get(1)
+    batches.close()
+    trainer.graph_pool = trainer.graph_stream = mock.MagicMock()
+    fake = {name: mock.MagicMock() for name in ("current_stream", "stream", "CUDAGraph", "graph")}
+    if fails:
+        fake["graph"].return_value.__enter__.side_effect = RuntimeError("operation not permitted\nmore")
+    fake["graph"].return_value.__exit__.return_value = False  # else a mock swallows errors
+    with mock.patch.multiple(torch.cuda, **fake):
+        if fails:
+            with pytest.raises(ValueError) as found:
+                train.CudaGraph(trainer, *first)
+            return assert_one_line(str(found.value), "operation not permitted", "--no-cuda-graph")
+        graph = train.CudaGraph(trainer, *first)
+        grads = [p.grad for p in graph.parameters]
+        trainer.model.zero_grad(set_to_none=True)
+        out = graph.replay(*second)
+    assert out.keys() == {"loss", "accuracy", "grad_norm", "h_rms", "S_rms", "passes"} and graph.graph.replay.called
+    assert [p.grad is grad for p, grad in zip(graph.parameters, grads)] == [True] * len(grads)
+    for mine, new in zip(graph.micro, second[0]):
+        assert all(torch.equal(a, b) for a, b in zip(mine[:3], new[:3]))
+    assert graph.count == second[1]
+
+
+def test_train_compiled_backward_is_as_exact_as_the_eager_one(fresh_compiler):
+    """Under autocast, as on a GPU, the compiled backward of the delta rule is in bfloat16, the eager one in float32."""
+    random_model().compile_blocks()
+    inputs = {name: a.float() for name, a in kernel_inputs(40, "usual", K=16).items()}
+    compiled, found = torch.compile(functools.partial(delta_rule, impl="torch"), backend="aot_eager"), []
+    for call in (functools.partial(delta_rule, impl="torch"), compiled):
+
+        def half(call=call, **inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return call(**inputs)
+
+        found.append(outputs_and_gradients(half, inputs))
+    assert_same(found[1], found[0], 1e-6)
+
+
 def test_train_goes_on_without_a_compiler(monkeypatch, capsys, fresh_compiler):
     """A machine that cannot compile stops training, or its run says that it was compiled."""
     trainer = train.Trainer(config_of(RULE110, "--compile"))
@@ -3491,6 +3534,7 @@ def test_train_peak_memory_is_in_mib():
 
 def test_train_uses_the_threads_it_is_given(tmp_path):
     """--threads does nothing."""
+    torch.set_num_threads(1)
     assert train.run(config_of(RULE110, "--steps", 1, "--threads", 2, "--out", tmp_path / "run")) == 0
     assert torch.get_num_threads() == 2
 
@@ -3967,7 +4011,7 @@ def test_public_interrupted_preparation_leaves_nothing(small_public, tmp_path, t
     monkeypatch.setattr(train, "predicted_memory", lambda *_: {})  # it takes seconds
     with monkeypatch.context() as patch:
         patch.setattr(train.PreparedProblems, "_make", interrupted)
-        assert call(train.main, patch, flags.split()) == 2
+        assert call(train.main, patch, flags.split()) == 130
     assert not (tmp_path / "run").exists()
     assert train.run(config_of(flags, "--steps", 1)) == 0
 
@@ -4084,7 +4128,7 @@ def test_public_text_splits_share_no_problem(tokenizer_file):
     """As text for a public checkpoint, the test problems are training problems."""
     task = data.GSMText(tokenizer_file.parent, 512, TEXT_SIZES)
     for split in data.SPLITS:
-        hashes = task.words.problem_hashes(task.own(*task.batch(0, split, 0, 24))[0])
+        hashes = task.ours.problem_hashes(task.in_our_tokens(*task.batch(0, split, 0, 24))[0])
         assert data.in_split(hashes, split).all()
 
 
@@ -4149,6 +4193,7 @@ def test_repository_files_say_what_they_are(room):
         ({"postions": True}, ("postions", "no flag")),
         ({"nodes": None}, ("preset tiny of depo", "no nodes")),
         ({"steps": None}, ("preset tiny of depo", "no steps")),
+        ({"L": None}, ("preset tiny of depo", "no L")),
     ],
 )
 def test_train_presets_with_mistakes_are_refused(wrong, parts, monkeypatch):
@@ -4185,6 +4230,7 @@ def test_repository_pages_commands_are_accepted(monkeypatch):
     """A page shows a command that the programs refuse."""
     text = "\n".join((HERE / page).read_text() for page in PAGES)
     commands = re.findall(r"^(?:.*&& )?((?:python|torchrun) .*?)(?:  .*)?$", text, re.M)
+    commands += re.findall(r"`(python (?:train|eval)\.py [^`]*)`", text)  # in a sentence
     words = [shlex.split(command.replace("FILE", "file")) for command in commands]
     training = [w[w.index("train.py") + 1 :] for w in words if "train.py" in w]
     judging = [w[2:] for w in words if w[1] == "eval.py"]
@@ -4211,6 +4257,23 @@ def test_repository_predictions_for_a_gpu_are_those_of_the_code():
         minutes = [f * (4 / 3 if config.checkpoint else 1) / (0.1 * 989e12) / 60 for f in flops]
         assert row["pflop"] == " / ".join(f"{f / 1e15:,.0f}" for f in flops)
         assert row["minutes"] == " / ".join(f"{m:,.0f}" for m in minutes)
+        if "--preset small" in row["command"] and config.steps < 20000:  # the others take half a minute each to trace
+            largest = replace(config, N=max(one.N for one in each), device="cuda")
+            assert row["memory"] == f"{train.predicted_memory(largest, task)['all']:.0f}"
+
+
+def test_repository_predictions_for_public_checkpoints_are_those_of_the_code():
+    """The table of public checkpoints has parameters, looped blocks or hours of other models than the code's."""
+    for row in json.loads((HERE / "results" / "pretrained_predicted.json").read_text())["rows"]:
+        public = PRETRAINED[row["from"]]
+        with torch.device("meta"):
+            n = Model(public.config).n_params()
+        blocks = len(public.config.pattern)
+        assert row["parameters"] == n and round(4 * n / 2**30, 2) == row["memory_gib"]["weights"]
+        assert row["looped"] == (f"all {blocks}" if public.loop == f"0:{blocks}" else f"{public.loop} of {blocks}")
+        assert row["memory_gib_all"] == pytest.approx(sum(row["memory_gib"].values()), abs=0.02)
+        hours = 4 / 3 * row["steps"] * row["pflop_per_step"] / (0.3 * 0.989) / 3600  # with what is recomputed
+        assert row["hours_at_30_percent_of_989_tflops"] == pytest.approx(hours, abs=0.01)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, write_json
+from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, read_json, write_json
 from eval import (
     FREE,
     LATER_FLAGS,
@@ -63,7 +63,7 @@ from eval import (
 )
 from kernels import pick_impl, why_not_triton
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig, init_weights, rope_table
-from sleep import EVICTIONS, passes, split_chunks, window_of
+from sleep import EVICTIONS, attention_span, passes, split_chunks
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -286,7 +286,7 @@ def check(config, given):
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
     needed = [size for size, example in EXAMPLE_SIZES[config.task].items() if example is not None]
-    needed += "pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()
+    needed += "L pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()
     if missing := [name for name in needed if getattr(config, name, None) is None]:
         raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}: add it there")
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
@@ -333,227 +333,6 @@ def check(config, given):
 
 
 # -----------------------------------------------------------------------------
-# starting from a public checkpoint
-
-SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
-HEADER_LIMIT = 100_000_000  # bytes
-
-
-def read_safetensors(path):
-    """The tensors of one *.safetensors file: name -> CPU tensor, a view of the file that is read when it is used.
-
-    Header length (8 bytes), JSON of name -> dtype, shape, data_offsets, then the data without holes. Raises ValueError
-    with one clear line if the file is anything else.
-    """
-    try:
-        with open(path, "rb") as f:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # mmap calls an empty file a ValueError
-        raise ValueError(f"cannot read {path} ({error}): download it again") from None
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    if len(mapped) < 8 or start > min(len(mapped), HEADER_LIMIT):
-        raise ValueError(f"{path} is no safetensors file, or truncated: its header would be {start - 8:,} bytes")
-    try:
-        header = json.loads(mapped[8:start])
-        header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"], entry[0]))
-        return dict(read_entries(entries, mapped, start))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged or lies about its tensors ({error}): download it again") from None
-
-
-def read_entries(entries, mapped, start):
-    """(name, tensor) of each header entry, in the order of their offsets; they must fill `mapped` from `start` on."""
-    end = 0
-    for name, entry in entries:
-        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in SAFETENSORS:
-            raise ValueError(f"{name} is {dtype}, which is not one of {', '.join(SAFETENSORS)}")
-        dtype = SAFETENSORS[dtype]
-        if type(shape) is not list or not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
-            raise ValueError(f"{name} has a shape or an offset that is no count")
-        count = math.prod(shape)
-        if begin != end or stop - begin != count * dtype.itemsize or start + stop > len(mapped):
-            raise ValueError(f"{name} with shape {shape} cannot be bytes {begin} to {stop}")
-        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
-        yield name, flat.to(dtype).view(shape)
-        end = stop
-    if start + end != len(mapped):
-        raise ValueError(f"{len(mapped) - start - end} bytes belong to no tensor")
-
-
-def read_json(path):
-    """A JSON file that holds an object. Raises ValueError if it does not."""
-    try:
-        with open(path) as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"cannot read {path} ({error}): download it again") from None
-
-
-def read_folder(folder):
-    """All tensors of a folder with one or more *.safetensors files: name -> tensor. Raises ValueError."""
-    files, index = sorted(os.listdir(folder)), "model.safetensors.index.json"
-    shards = [name for name in files if name.endswith(".safetensors")]
-    where = read_json(os.path.join(folder, index)).get("weight_map") if index in files else None
-    if where is not None:
-        if not isinstance(where, dict) or any(os.path.basename(str(name)) != name for name in where.values()):
-            raise ValueError(f"{folder}/{index} is damaged: download it again")
-        shards = sorted(set(where.values()))
-        if missing := [name for name in shards if name not in files]:
-            raise ValueError(f"{folder} lacks {missing[0]}: download it again")
-    if not shards:
-        raise ValueError(f"{folder} holds no *.safetensors, and nothing else is read: pickled weights can run code")
-    tensors = {}
-    for shard in shards:
-        new = read_safetensors(os.path.join(folder, shard))
-        if twice := tensors.keys() & new.keys():
-            raise ValueError(f"{folder} has {min(twice)} in two files: download it again")
-        tensors |= new
-    if where is not None and where.keys() != tensors.keys():
-        odd = min(where.keys() ^ tensors.keys())
-        raise ValueError(f"{folder}/{index} and its files disagree about {odd}: download them again")
-    return tensors
-
-
-def check_public_config(folder, public):
-    """Refuse a folder whose config.json describes another model. Raises ValueError with what differs."""
-    path, c = os.path.join(folder, "config.json"), public.config
-    found = read_json(path)
-
-    def section(outer, name):
-        inner = outer.get(name) or {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"{path} is damaged ({name} is no object): download it again")
-        return inner
-
-    for name in ("text_config", "rope_parameters"):  # Qwen3.5's file is that of a multimodal model
-        found |= section(found, name)
-    for name in ("jet", "swa"):  # Jet-Nemotron's delta and sliding-window layers
-        inner = section(section(found, "efficient_attention_config"), name)
-        found |= {f"{name}.{key}": value for key, value in inner.items()}
-    kinds = c.pattern.replace("d", "")
-    types = {"qwen3_5_text": {"D": "linear_attention", "A": "full_attention"}}.get(public.model_type)
-    types = types or {"D": "jet", "A": "attn", "W": "swa"}
-    want = {"model_type": public.model_type, "hidden_size": c.d_model, "intermediate_size": c.d_mlp,
-            "num_hidden_layers": len(kinds), "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-            "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-            "tie_word_embeddings": c.tied, "layer_types": [types[kind] for kind in kinds],
-            "partial_rotary_factor": c.rope_dim / c.head_dim, "linear_num_key_heads": c.delta_heads,
-            "linear_num_value_heads": c.value_heads, "linear_key_head_dim": c.key_dim,
-            "linear_value_head_dim": c.value_dim, "linear_conv_kernel_dim": c.conv, "head_dim": c.head_dim,
-            "jet.head_dim": c.key_dim, "jet.num_heads": c.delta_heads, "jet.conv_size": c.conv,
-            "swa.window_size": c.window}  # fmt: skip
-    if public.model_type == "ouro":
-        del want["layer_types"]  # its blocks are all full attention, and called so or not at all
-    for name, value in want.items():
-        if name in found and found[name] != value:
-            raise ValueError(f"{path} is of another model: {name} is {found[name]!r}, not {value!r}")
-    sizes = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size rope_theta"
-    if missing := [name for name in sizes.split() if name not in found]:
-        raise ValueError(f"{path} does not say its {missing[0]}: download it again")
-
-
-# own module -> theirs; a block's own parameters (A_log, dt_bias) belong to its mixer
-OUTER = {"embedding": "embed_tokens", "norm": "norm", "head_proj": "lm_head"}
-BLOCK = {"norm_mixer": "input_layernorm", "norm_mixer_out": "input_layernorm_2", "mlp.gate_proj": "mlp.gate_proj",
-         "norm_mlp": "post_attention_layernorm", "norm_mlp_out": "post_attention_layernorm_2",
-         "mlp.up_proj": "mlp.up_proj", "mlp.out_proj": "mlp.down_proj"}  # fmt: skip
-ATTENTION = {"q_proj": "q_proj", "gate_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "o_proj",
-             "q_norm": "q_norm", "k_norm": "k_norm"}  # fmt: skip
-QWEN_DELTA = {"q_proj": "in_proj_qkv", "k_proj": "in_proj_qkv", "v_proj": "in_proj_qkv", "a_proj": "in_proj_a",
-              "b_proj": "in_proj_b", "gate_proj": "in_proj_z", "conv_q": "conv1d", "conv_k": "conv1d",
-              "conv_v": "conv1d", "norm": "norm", "out_proj": "out_proj"}  # fmt: skip
-JET_DELTA = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "a_proj": "a_proj", "b_proj": "b_proj",
-             "gate_proj": "g_proj", "norm": "o_norm", "out_proj": "o_proj",
-             "conv_v.in_proj": "dynamic_conv1d.kernel_generator.w1",
-             "conv_v.taps_proj": "dynamic_conv1d.kernel_generator.w2"}  # fmt: skip
-
-
-def public_name(name, public):
-    """The name in a public checkpoint of one of our parameters; None for those of blocks that are inserted."""
-    *path, last = name.split(".")
-    if path[0] != "layers":
-        theirs = OUTER[path[0]]
-        return f"{theirs}.{last}" if theirs == "lm_head" else f"model.{theirs}.{last}"
-    i, inner, pattern = int(path[1]), ".".join(path[2:]), public.config.pattern
-    if pattern[i] == "d":
-        return None
-    prefix = f"model.layers.{i - pattern[:i].count('d')}"
-    if not inner.startswith("mixer"):
-        return f"{prefix}.{BLOCK[inner]}.{last}"
-    qwen, attends = public.model_type == "qwen3_5_text", pattern[i] not in FAST_MIXERS
-    mixer = "linear_attn" if qwen and not attends else "self_attn"
-    if inner == "mixer":  # A_log, dt_bias
-        return f"{prefix}.{mixer}.{last}"
-    table = ATTENTION if attends else QWEN_DELTA if qwen else JET_DELTA
-    return f"{prefix}.{mixer}.{table[inner.removeprefix('mixer.')]}.{last}"
-
-
-def own_part(name, theirs, tensor, config):
-    """What of a public checkpoint's tensor is our parameter `name`: some hold several of ours."""
-    module = name.split(".")[-2]
-    if "in_proj_qkv" in theirs or "conv1d.weight" in theirs:  # q, k and v of a delta layer
-        keys, values = config.delta_heads * config.key_dim, config.value_heads * config.value_dim
-        part = tensor.split((keys, keys, values))["qkv".index(module.replace("conv_", "")[0])]
-        return part.squeeze(1) if part.dim() == 3 else part  # a convolution is (C, 1, taps) there
-    if config.attention_gate and "self_attn.q_proj" in theirs:  # query and gate of a head side by side
-        return tensor.unflatten(0, (config.n_head, 2, config.head_dim))[:, int(module == "gate_proj")].flatten(0, 1)
-    return tensor
-
-
-# of what a public checkpoint holds, this is not used: other modalities, multi-token prediction, Ouro's exit gate
-LEFT_OUT = ("model.visual.", "mtp.", "model.early_exit_gate.")
-
-
-@torch.no_grad()
-def load_public(model, name, folder):
-    """Fill a model of architecture PRETRAINED[name] from a folder with its config.json and *.safetensors, in place.
-
-    Tensors are copied one by one. Inserted blocks keep their random weights, but for the output projection, which is
-    zero: at first the model is the public one. Returns a line that says what was read, what was left out and what is
-    new. Raises ValueError if the folder holds another model or a damaged one.
-    """
-    public = PRETRAINED[name]
-    check_public_config(folder, public)
-    tensors = read_folder(folder)
-    wrapped = [key for key in tensors if key.startswith("model.language_model.")]  # Qwen3.5's multimodal file
-    for key in wrapped:
-        inner = "model." + key.removeprefix("model.language_model.")
-        if inner in tensors:
-            raise ValueError(f"{folder} has both {key} and {inner}: it is not the checkpoint of {name}")
-        tensors[inner] = tensors.pop(key)
-    used = {"lm_head.weight"} if public.config.tied else set()
-    for own, parameter in model.named_parameters():
-        key = public_name(own, public)
-        if key is None:
-            continue
-        if key not in tensors:
-            raise ValueError(f"{folder} has no {key}: it is not the checkpoint of {name}, download it again")
-        try:
-            part = own_part(own, key, tensors[key], public.config)
-        except (RuntimeError, ValueError, IndexError):
-            part = tensors[key]
-        if part.shape != parameter.shape:
-            shape = tuple(tensors[key].shape)
-            raise ValueError(f"{folder}: {key} of shape {shape} does not fit {own} {tuple(parameter.shape)}")
-        if not part.is_floating_point() or not part.isfinite().all():
-            raise ValueError(f"{folder}: {key} holds integers, NaN or infinity, download it again")
-        parameter.copy_(part)
-        used.add(key)
-    left_out = [key for key in tensors if key not in used]
-    if odd := [key for key in left_out if not key.startswith(LEFT_OUT) and not key.endswith("rotary_emb.inv_freq")]:
-        raise ValueError(f"{folder} has {len(odd)} tensors that {name} does not know, such as {odd[0]}")
-    inserted = [i for i, kind in enumerate(public.config.pattern) if kind == "d"]
-    for i in inserted:
-        model.layers[i].mixer.out_proj.weight.zero_()
-    kinds = sorted({part.strip(".") for part in LEFT_OUT for key in left_out if key.startswith(part)})
-    kinds = ", ".join(kinds) or "nothing"
-    new = f"; new blocks {inserted}, silent at first" if inserted else ""
-    return f"{name} from {folder}: {len(tensors) - len(left_out)} tensors, left out {kinds}{new}"
-
-
-# -----------------------------------------------------------------------------
 # the parts of a step
 
 
@@ -597,78 +376,6 @@ def make_optimizers(model, config):
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, lr=config.adam_lr, weight_decay=0.0, betas=(0.9, 0.95))
     return [muon, adamw]
-
-
-def saved_bytes(run, held):
-    """What autograd keeps for the backward of run(), in bytes, but for the tensors in `held`."""
-    known = {t.untyped_storage()._cdata for t in held}
-    new = {}
-
-    def pack(t):
-        if t.untyped_storage()._cdata not in known:
-            new[t.untyped_storage()._cdata] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept_alive = run()  # noqa: F841  else its tensors' storages would be numbered anew
-    return sum(t.untyped_storage().nbytes() for t in new.values())
-
-
-def longest_batch(config, task, rows):
-    """Of the first 64 training batches of some rows the one with the most windows, and its chunks: texts differ."""
-    batches = (task.batch(config.seed, "train", s, rows) for s in range(64))
-    return max(((batch, split_chunks(batch[2], config.L)) for batch in batches), key=lambda pair: len(pair[1]))
-
-
-def traced_bytes(config, task, rows, N):
-    """What autograd keeps of one forward of some rows with N passes, in bytes, without computing anything."""
-    flags = vars(config) | {"N": N}
-    batch, chunks = longest_batch(config, task, rows)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=config.device == "cuda")
-    rope_table.cache_clear()  # it must hold no real tensors now, and no fake ones afterwards
-    with FakeTensorMode() as fake, half, contextlib.ExitStack() as stack:
-        stack.callback(rope_table.cache_clear)
-        algorithm = algorithm_of(Model(model_config(flags, task)), flags)
-        batch = [fake.from_tensor(a) for a in batch]
-        return saved_bytes(lambda: algorithm(*batch, chunks), [*algorithm.parameters(), *batch])
-
-
-def activation_bytes(config, task):
-    """What the backward needs, in bytes: once, for the weights in bfloat16, and for each sequence of a micro-batch.
-
-    With --checkpoint a sequence needs S and what is fed into every pass, the caches that outlive its windows, and,
-    while it is recomputed, one whole pass.
-    """
-    # a batch of one is laid out in another way, so two and three rows
-    two, three, twice = (traced_bytes(config, task, *case) for case in ((2, 1), (3, 1), (2, 2)))
-    one, a_pass = three - two, (twice - two) // 2  # of one sequence: with one pass, and a pass over every window more
-    copies = max(0, two - 2 * one)
-    if not config.checkpoint:
-        return copies, one + (config.N - 1) * a_pass
-    chunks = longest_batch(config, task, 2)[1]
-    asleep, keep = sum(not chunk.n_logits for chunk in chunks), sleep_config(vars(config)).keep
-    blocks = empty_model(config, task).layers
-    S = sum(math.prod(block.mixer.S_shape(1)) for block in blocks if not block.attends)
-    keys = sum(block.mixer.k_proj.out_features for block in blocks if block.attends)
-    cached = sum(min(chunk.start, keep) for chunk in chunks if not chunk.n_logits)  # tokens, when the sleeps begin
-    fed = 4 * (S + config.L * config.d_model) * config.N * asleep
-    fed += 2 * keys * cached * (2 if config.device == "cuda" else 4)
-    return copies, max(0, one - a_pass) + fed + a_pass // asleep
-
-
-def predicted_memory(config, task):
-    """What training needs, in GiB: a dict of "weights", "gradients", "optimizers", "copies" (the weights' in bfloat16),
-    "sequence" (activations of one) and "all". Temporary buffers and what the allocator wastes are not in it.
-    """
-    model = empty_model(config, task)
-    choose_parameters(model, config)
-    muon, adamw = make_optimizers(model, config)
-    first, rest = (sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (muon, adamw))
-    sizes = {"weights": 4 * model.n_params(), "gradients": 4 * (first + rest), "optimizers": 4 * first + 8 * rest}
-    sizes["copies"], sizes["sequence"] = activation_bytes(config, task)
-    rows = config.batch // config.accumulate // int(os.environ.get("WORLD_SIZE", 1))
-    sizes["all"] = sum(sizes.values()) + (rows - 1) * sizes["sequence"]
-    return {name: size / 2**30 for name, size in sizes.items()}
 
 
 def schedule(step, config):
@@ -723,7 +430,7 @@ class Batches:
     """
 
     def __init__(self, task, config, rank=0, ranks=1):
-        self.task, self.config, self.rank, self.ranks, self.device = task, config, rank, ranks, config.device
+        self.task, self.config, self.rank, self.ranks = task, config, rank, ranks
         self.pool = worker_pool(config.workers) if config.workers else ThreadPoolExecutor(1)
         self.ahead = {}
 
@@ -740,9 +447,9 @@ class Batches:
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
         chunks = split_chunks(tensors[2], self.config.L)  # one for all micro-batches: the fewer, the fewer CUDA graphs
-        if self.device == "cuda":  # pinned memory is copied while the GPU computes
+        if self.config.device == "cuda":  # pinned memory is copied while the GPU computes
             mine = [[a.pin_memory() for a in part] for part in mine]
-        return [(*(a.to(self.device, non_blocking=True) for a in b), chunks) for b in zip(*mine)], count
+        return [(*(a.to(self.config.device, non_blocking=True) for a in b), chunks) for b in zip(*mine)], count
 
     def _make(self, step):
         task = task_of(step, self.config, self.task)
@@ -751,51 +458,6 @@ class Batches:
     def close(self):
         """Stop making batches."""
         self.pool.shutdown(cancel_futures=True)
-
-
-class PreparedProblems:
-    """The training problems of a run as ids in its directory: made once, by all workers, and read as they are needed.
-
-    A row is the sequence, then where its scored positions begin and end. After the last problem the first comes again.
-    """
-
-    def __init__(self, trainer):
-        self.task, self.config = trainer.task, trainer.config
-        self.path = os.path.join(self.config.out, "problems.npy")
-        self.batches = self.config.problems // self.config.batch
-        self.shape = self.batches * self.config.batch, self.task.T + 3
-        if trainer.rank == 0 and not os.path.exists(self.path):
-            self._make()
-        if trainer.ranks > 1:
-            dist.barrier()
-        self.ids = np.load(self.path, mmap_mode="r")
-        if self.ids.shape != self.shape:
-            raise ValueError(f"{self.path} holds other problems: remove it, it will be made again")
-
-    def _make(self):
-        size = np.dtype(np.uint16 if self.task.vocab_size <= 2**16 else np.uint32)
-        pool = worker_pool(max(1, self.config.workers))
-        make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
-        try:
-            with open(self.path + ".tmp", "wb") as f:
-                header = {"descr": size.str, "fortran_order": False, "shape": self.shape}
-                np.lib.format.write_array_header_2_0(f, header)
-                for x, y, m in tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None):
-                    start = m.int().argmax(1)
-                    edges = torch.stack((start, start + m.sum(1)), 1)
-                    f.write(torch.cat((x, y[:, -1:], edges), 1).numpy().astype(size).tobytes())
-        except BrokenProcessPool:
-            raise ValueError("a worker died while it made problems (memory?): use fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-        os.replace(self.path + ".tmp", self.path)
-
-    def batch(self, seed, split, s, B):
-        """Batch number s of training, as the task's own batch() with the run's seed and batch size."""
-        rows = torch.from_numpy(self.ids[s % self.batches * B :][:B].astype(np.int64))
-        seq, (start, stop) = rows[:, :-2], rows[:, -2:].T
-        column = torch.arange(self.task.T)
-        return seq[:, :-1], seq[:, 1:], (start[:, None] <= column) & (column < stop[:, None])
 
 
 class CudaGraph:
@@ -808,7 +470,7 @@ class CudaGraph:
         self.parameters = list(trainer.model.parameters())
         self.micro = [(*(a.clone() for a in b[:3]), b[3]) for b in micro]
         self.count = torch.tensor(count, dtype=torch.float32, device=trainer.config.device)
-        side = torch.cuda.Stream()
+        side = trainer.graph_stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # compilation and lazy initialisation are not for recording
@@ -819,8 +481,15 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         # one pool serves all graphs: they are replayed one after the other, and nothing of one is read after the next.
         # thread_local: another thread makes batches
-        with torch.cuda.graph(self.graph, pool=trainer.graph_pool, capture_error_mode="thread_local"):
-            self.out = trainer.gradients(self.micro, self.count)
+        recording = torch.cuda.graph(self.graph, trainer.graph_pool, side, capture_error_mode="thread_local")
+        try:
+            with recording:
+                self.out = trainer.gradients(self.micro, self.count)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0][:160]
+            raise ValueError(f"cannot record a CUDA graph here ({reason}): add --no-cuda-graph") from error
         self.grads = [p.grad for p in self.parameters]  # the graph's own memory: a replay writes them there
 
     def replay(self, micro, count):
@@ -860,8 +529,9 @@ class Trainer:
         self.algorithm = DistributedDataParallel(self.plain_algorithm) if ranks > 1 else self.plain_algorithm
         if config.compile:
             self.model.compile_blocks()
-        self.graphs = {} if config.cuda_graph and config.device == "cuda" and ranks == 1 else None
-        self.graph_pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
+        self.graphs = None
+        if config.cuda_graph and config.device == "cuda" and ranks == 1:
+            self.graphs, self.graph_pool, self.graph_stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def forward_backward(self, micro, count):
         """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch,
@@ -1128,9 +798,12 @@ def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True
         _, heads, key_dim, value_dim = mixer.S_shape(1)
         return T * (2 * weights + (4 if write_only else 6) * heads * key_dim * value_dim)
     window = min(mixer.window, window)
-    growing = max(0, min(T, window - past))  # tokens that see everything before them; the others see a full window
-    pairs = growing * past + growing**2 / 2 + (T - growing and (T - growing) * window)
-    pairs += 0 if causal else (T * (T - 1) + growing) / 2
+    early = max(0, min(T, window - past))  # tokens whose window reaches back to the first key
+    pairs = early * past + early**2 / 2  # the causal half of a square: its diagonal counts half
+    if early < T:  # then the window is finite
+        pairs += (T - early) * window
+    if not causal:  # the later tokens, too; now the diagonal counts whole
+        pairs += (T * (T - 1) + early) / 2
     return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
 
 
@@ -1143,14 +816,14 @@ def flops_per_step(config, task, chunks):
     pattern, layers = model.config.pattern, model.layers
     total = 0
     for start, stop, n_logits in chunks:
-        seen = stop - start, min(start, rules.keep), window_of(rules)
+        seen = stop - start, min(start, rules.keep), attention_span(rules)
         if n_logits:
             total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
             total += 2 * n_logits * model.config.d_model * model.config.vocab_size
             continue
         *order, last = sum(passes(pattern, rules), [])
         total += sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
-        total += block_flops(layers[last], *seen, not rules.keep, rules.causal)
+        total += block_flops(layers[last], *seen, write_only=not rules.keep, causal=rules.causal)
     return 3 * round(total) * config.batch
 
 
@@ -1206,7 +879,7 @@ def speed_of(run_dir):
     return statistics.median(s / n for n, s, _ in parts), statistics.median(f / s for _, s, f in parts)
 
 
-def finish(trainer, log):
+def finish(trainer):
     """Score the test split once, print the table, write result.json."""
     config = trainer.config
     test = scores(trainer, "test", config.test_n)
@@ -1215,13 +888,18 @@ def finish(trainer, log):
     result |= {"seconds_per_step": per_step, "flops_per_second": rate}
     result |= {"peak_memory_mib": peak_memory(config.device), "test": test}
     write_json(os.path.join(config.out, "result.json"), result)
-    log.bar.close()
     print(f"\n{config.test_n} problems never seen in training:\n")
     print(comparison_table({"accuracy": [test["rows"]]}))
     speed = f" ({1000 * per_step:.0f} ms per step, {rate / 1e9:,.0f} GFLOP/s)" if per_step else ""
     print(f"\ntraining time: {trainer.seconds / 60:.1f} min{speed}")
     print(f"peak memory:   {result['peak_memory_mib']:.0f} MiB")
     print(f"next:          python eval.py {config.out}")
+
+
+def longest_batch(config, task, rows):
+    """Of the first 64 training batches of some rows the one with the most windows, and its chunks: texts differ."""
+    batches = (task.batch(config.seed, "train", s, rows) for s in range(64))
+    return max(((batch, split_chunks(batch[2], config.L)) for batch in batches), key=lambda pair: len(pair[1]))
 
 
 def announce(trainer):
@@ -1270,35 +948,360 @@ def run(config):
     elif rank == 0:
         if reason == "minutes":
             print(f"{config.minutes} minutes are over at step {trainer.step} of {config.steps}; --resume goes on")
-        finish(trainer, log)
+        finish(trainer)
     if ranks > 1:
         trainer.algorithm = None  # free DDP's buckets before their process group, or a rank may hang at exit
         dist.destroy_process_group()
     return 128 + reason if isinstance(reason, int) else 0
 
 
+# -----------------------------------------------------------------------------
+# starting from a public checkpoint: its weights, the memory it needs, its problems made ahead;
+# no other run needs what follows
+
+SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+HEADER_LIMIT = 100_000_000  # bytes
+
+
+def read_safetensors(path):
+    """The tensors of one *.safetensors file: name -> CPU tensor, a view of the file that is read when it is used.
+
+    Header length (8 bytes), JSON of name -> dtype, shape, data_offsets, then the data without holes. Raises ValueError
+    with one clear line if the file is anything else.
+    """
+    try:
+        with open(path, "rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # mmap calls an empty file a ValueError
+        raise ValueError(f"cannot read {path} ({error}): download it again") from None
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    if len(mapped) < 8 or start > min(len(mapped), HEADER_LIMIT):
+        raise ValueError(f"{path} is no safetensors file, or truncated: its header would be {start - 8:,} bytes")
+    try:
+        header = json.loads(mapped[8:start])
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"], entry[0]))
+        return dict(read_entries(entries, mapped, start))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged or lies about its tensors ({error}): download it again") from None
+
+
+def read_entries(entries, mapped, start):
+    """(name, tensor) of each header entry, in the order of their offsets; they must fill `mapped` from `start` on."""
+    end = 0
+    for name, entry in entries:
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in SAFETENSORS:
+            raise ValueError(f"{name} is {dtype}, which is not one of {', '.join(SAFETENSORS)}")
+        dtype = SAFETENSORS[dtype]
+        if type(shape) is not list or not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+            raise ValueError(f"{name} has a shape or an offset that is no count")
+        count = math.prod(shape)
+        if begin != end or stop - begin != count * dtype.itemsize or start + stop > len(mapped):
+            raise ValueError(f"{name} with shape {shape} cannot be bytes {begin} to {stop}")
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+        yield name, flat.to(dtype).view(shape)
+        end = stop
+    if start + end != len(mapped):
+        raise ValueError(f"{len(mapped) - start - end} bytes belong to no tensor")
+
+
+def read_folder(folder):
+    """All tensors of a folder with one or more *.safetensors files: name -> tensor. Raises ValueError."""
+    files, index = sorted(os.listdir(folder)), "model.safetensors.index.json"
+    shards = [name for name in files if name.endswith(".safetensors")]
+    where = read_json(os.path.join(folder, index), "download it again").get("weight_map") if index in files else None
+    if where is not None:
+        if not isinstance(where, dict) or any(os.path.basename(str(name)) != name for name in where.values()):
+            raise ValueError(f"{folder}/{index} is damaged: download it again")
+        shards = sorted(set(where.values()))
+        if missing := [name for name in shards if name not in files]:
+            raise ValueError(f"{folder} lacks {missing[0]}: download it again")
+    if not shards:
+        raise ValueError(f"{folder} holds no *.safetensors, and nothing else is read: pickled weights can run code")
+    tensors = {}
+    for shard in shards:
+        new = read_safetensors(os.path.join(folder, shard))
+        if twice := tensors.keys() & new.keys():
+            raise ValueError(f"{folder} has {min(twice)} in two files: download it again")
+        tensors |= new
+    if where is not None and where.keys() != tensors.keys():
+        odd = min(where.keys() ^ tensors.keys())
+        raise ValueError(f"{folder}/{index} and its files disagree about {odd}: download them again")
+    return tensors
+
+
+def check_public_config(folder, public):
+    """Refuse a folder whose config.json describes another model. Raises ValueError with what differs."""
+    path, c = os.path.join(folder, "config.json"), public.config
+    found = read_json(path, "download it again")
+
+    def section(outer, name):
+        inner = outer.get(name) or {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{path} is damaged ({name} is no object): download it again")
+        return inner
+
+    for name in ("text_config", "rope_parameters"):  # Qwen3.5's file is that of a multimodal model
+        found |= section(found, name)
+    for name in ("jet", "swa"):  # Jet-Nemotron's delta and sliding-window layers
+        inner = section(section(found, "efficient_attention_config"), name)
+        found |= {f"{name}.{key}": value for key, value in inner.items()}
+    kinds = c.pattern.replace("d", "")
+    qwen = public.model_type == "qwen3_5_text"
+    types = {"D": "linear_attention", "A": "full_attention"} if qwen else {"D": "jet", "A": "attn", "W": "swa"}
+    want = {"model_type": public.model_type, "hidden_size": c.d_model, "intermediate_size": c.d_mlp,
+            "num_hidden_layers": len(kinds), "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+            "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+            "tie_word_embeddings": c.tied, "layer_types": [types[kind] for kind in kinds],
+            "partial_rotary_factor": c.rope_dim / c.head_dim, "linear_num_key_heads": c.delta_heads,
+            "linear_num_value_heads": c.value_heads, "linear_key_head_dim": c.key_dim,
+            "linear_value_head_dim": c.value_dim, "linear_conv_kernel_dim": c.conv, "head_dim": c.head_dim,
+            "jet.head_dim": c.key_dim, "jet.num_heads": c.delta_heads, "jet.conv_size": c.conv,
+            "swa.window_size": c.window}  # fmt: skip
+    if public.model_type == "ouro":
+        del want["layer_types"]  # its blocks are all full attention, and called so or not at all
+    for name, value in want.items():
+        if name in found and found[name] != value:
+            raise ValueError(f"{path} is of another model: {name} is {found[name]!r}, not {value!r}")
+    sizes = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size rope_theta"
+    if missing := [name for name in sizes.split() if name not in found]:
+        raise ValueError(f"{path} does not say its {missing[0]}: download it again")
+
+
+# own module -> theirs; a block's own parameters (A_log, dt_bias) belong to its mixer
+OUTER = {"embedding": "embed_tokens", "norm": "norm", "head_proj": "lm_head"}
+BLOCK = {"norm_mixer": "input_layernorm", "norm_mixer_out": "input_layernorm_2", "mlp.gate_proj": "mlp.gate_proj",
+         "norm_mlp": "post_attention_layernorm", "norm_mlp_out": "post_attention_layernorm_2",
+         "mlp.up_proj": "mlp.up_proj", "mlp.out_proj": "mlp.down_proj"}  # fmt: skip
+ATTENTION = {"q_proj": "q_proj", "gate_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "o_proj",
+             "q_norm": "q_norm", "k_norm": "k_norm"}  # fmt: skip
+QWEN_DELTA = {"q_proj": "in_proj_qkv", "k_proj": "in_proj_qkv", "v_proj": "in_proj_qkv", "a_proj": "in_proj_a",
+              "b_proj": "in_proj_b", "gate_proj": "in_proj_z", "conv_q": "conv1d", "conv_k": "conv1d",
+              "conv_v": "conv1d", "norm": "norm", "out_proj": "out_proj"}  # fmt: skip
+JET_DELTA = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "a_proj": "a_proj", "b_proj": "b_proj",
+             "gate_proj": "g_proj", "norm": "o_norm", "out_proj": "o_proj",
+             "conv_v.in_proj": "dynamic_conv1d.kernel_generator.w1",
+             "conv_v.taps_proj": "dynamic_conv1d.kernel_generator.w2"}  # fmt: skip
+
+
+def public_name(name, public):
+    """The name in a public checkpoint of one of our parameters; None for those of blocks that are inserted."""
+    *path, last = name.split(".")
+    if path[0] != "layers":
+        theirs = OUTER[path[0]]
+        return f"{theirs}.{last}" if theirs == "lm_head" else f"model.{theirs}.{last}"
+    i, inner, pattern = int(path[1]), ".".join(path[2:]), public.config.pattern
+    if pattern[i] == "d":
+        return None
+    prefix = f"model.layers.{i - pattern[:i].count('d')}"
+    if not inner.startswith("mixer"):
+        return f"{prefix}.{BLOCK[inner]}.{last}"
+    qwen, attends = public.model_type == "qwen3_5_text", pattern[i] not in FAST_MIXERS
+    mixer = "linear_attn" if qwen and not attends else "self_attn"
+    if inner == "mixer":  # A_log, dt_bias
+        return f"{prefix}.{mixer}.{last}"
+    table = ATTENTION if attends else QWEN_DELTA if qwen else JET_DELTA
+    return f"{prefix}.{mixer}.{table[inner.removeprefix('mixer.')]}.{last}"
+
+
+def own_part(name, theirs, tensor, config):
+    """What of a public checkpoint's tensor is our parameter `name`: some hold several of ours."""
+    module = name.split(".")[-2]
+    if "in_proj_qkv" in theirs or "conv1d.weight" in theirs:  # q, k and v of a delta layer
+        keys, values = config.delta_heads * config.key_dim, config.value_heads * config.value_dim
+        part = tensor.split((keys, keys, values))["qkv".index(module.replace("conv_", "")[0])]
+        return part.squeeze(1) if part.dim() == 3 else part  # a convolution is (C, 1, taps) there
+    if config.attention_gate and "self_attn.q_proj" in theirs:  # query and gate of a head side by side
+        return tensor.unflatten(0, (config.n_head, 2, config.head_dim))[:, int(module == "gate_proj")].flatten(0, 1)
+    return tensor
+
+
+# of what a public checkpoint holds, this is not used: other modalities, multi-token prediction, Ouro's exit gate
+LEFT_OUT = ("model.visual.", "mtp.", "model.early_exit_gate.")
+
+
+@torch.no_grad()
+def load_public(model, name, folder):
+    """Fill a model of architecture PRETRAINED[name] from a folder with its config.json and *.safetensors, in place.
+
+    Tensors are copied one by one. Inserted blocks keep their random weights, but for the output projection, which is
+    zero: at first the model is the public one. Returns a line that says what was read, what was left out and what is
+    new. Raises ValueError if the folder holds another model or a damaged one.
+    """
+    public = PRETRAINED[name]
+    check_public_config(folder, public)
+    tensors = read_folder(folder)
+    wrapped = [key for key in tensors if key.startswith("model.language_model.")]  # Qwen3.5's multimodal file
+    for key in wrapped:
+        inner = "model." + key.removeprefix("model.language_model.")
+        if inner in tensors:
+            raise ValueError(f"{folder} has both {key} and {inner}: it is not the checkpoint of {name}")
+        tensors[inner] = tensors.pop(key)
+    used = {"lm_head.weight"} if public.config.tied else set()
+    for own, parameter in model.named_parameters():
+        key = public_name(own, public)
+        if key is None:
+            continue
+        if key not in tensors:
+            raise ValueError(f"{folder} has no {key}: it is not the checkpoint of {name}, download it again")
+        try:
+            part = own_part(own, key, tensors[key], public.config)
+        except (RuntimeError, ValueError, IndexError):  # of another shape, it cannot be taken apart: refused below
+            part = tensors[key]
+        if part.shape != parameter.shape:
+            shape = tuple(tensors[key].shape)
+            raise ValueError(f"{folder}: {key} of shape {shape} does not fit {own} {tuple(parameter.shape)}")
+        if not part.is_floating_point() or not part.isfinite().all():
+            raise ValueError(f"{folder}: {key} holds integers, NaN or infinity, download it again")
+        parameter.copy_(part)
+        used.add(key)
+    left_out = [key for key in tensors if key not in used]
+    if odd := [key for key in left_out if not key.startswith(LEFT_OUT) and not key.endswith("rotary_emb.inv_freq")]:
+        raise ValueError(f"{folder} has {len(odd)} tensors that {name} does not know, such as {odd[0]}")
+    inserted = [i for i, kind in enumerate(public.config.pattern) if kind == "d"]
+    for i in inserted:
+        model.layers[i].mixer.out_proj.weight.zero_()
+    kinds = sorted({part.strip(".") for part in LEFT_OUT for key in left_out if key.startswith(part)})
+    kinds = ", ".join(kinds) or "nothing"
+    new = f"; new blocks {inserted}, silent at first" if inserted else ""
+    return f"{name} from {folder}: {len(tensors) - len(left_out)} tensors, left out {kinds}{new}"
+
+
+def saved_bytes(run, held):
+    """What autograd keeps for the backward of run(), in bytes, but for the tensors in `held`."""
+    known = {t.untyped_storage()._cdata for t in held}
+    new = {}
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in known:
+            new[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept_alive = run()  # noqa: F841  else its tensors' storages would be numbered anew
+    return sum(t.untyped_storage().nbytes() for t in new.values())
+
+
+def traced_bytes(config, task, rows, N):
+    """What autograd keeps of one forward of some rows with N passes, in bytes, without computing anything."""
+    flags = vars(config) | {"N": N}
+    batch, chunks = longest_batch(config, task, rows)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=config.device == "cuda")
+    rope_table.cache_clear()  # it must hold no real tensors now, and no fake ones afterwards
+    with FakeTensorMode() as fake, half, contextlib.ExitStack() as stack:
+        stack.callback(rope_table.cache_clear)
+        algorithm = algorithm_of(Model(model_config(flags, task)), flags)
+        batch = [fake.from_tensor(a) for a in batch]
+        return saved_bytes(lambda: algorithm(*batch, chunks), [*algorithm.parameters(), *batch])
+
+
+def activation_bytes(config, task):
+    """What the backward needs, in bytes: once, for the weights in bfloat16, and for each sequence of a micro-batch.
+
+    With --checkpoint a sequence needs S and what is fed into every pass, the caches that outlive its windows, and,
+    while it is recomputed, one whole pass.
+    """
+    # a batch of one is laid out in another way, so two and three rows
+    two, three, twice = (traced_bytes(config, task, *case) for case in ((2, 1), (3, 1), (2, 2)))
+    one, a_pass = three - two, (twice - two) // 2  # of one sequence: with one pass, and a pass over every window more
+    copies = max(0, two - 2 * one)
+    if not config.checkpoint:
+        return copies, one + (config.N - 1) * a_pass
+    chunks = longest_batch(config, task, 2)[1]
+    asleep, keep = sum(not chunk.n_logits for chunk in chunks), sleep_config(vars(config)).keep
+    blocks = empty_model(config, task).layers
+    S = sum(math.prod(block.mixer.S_shape(1)) for block in blocks if not block.attends)
+    keys = sum(block.mixer.k_proj.out_features for block in blocks if block.attends)
+    cached = sum(min(chunk.start, keep) for chunk in chunks if not chunk.n_logits)  # tokens, when the sleeps begin
+    fed = 4 * (S + config.L * config.d_model) * config.N * asleep
+    fed += 2 * keys * cached * (2 if config.device == "cuda" else 4)
+    return copies, max(0, one - a_pass) + fed + a_pass // asleep
+
+
+def predicted_memory(config, task):
+    """What training needs, in GiB: a dict of "weights", "gradients", "optimizers", "copies" (the weights' in bfloat16),
+    "sequence" (activations of one) and "all". Temporary buffers and what the allocator wastes are not in it.
+    """
+    model = empty_model(config, task)
+    choose_parameters(model, config)
+    muon, adamw = make_optimizers(model, config)
+    first, rest = (sum(p.numel() for group in o.param_groups for p in group["params"]) for o in (muon, adamw))
+    sizes = {"weights": 4 * model.n_params(), "gradients": 4 * (first + rest), "optimizers": 4 * first + 8 * rest}
+    sizes["copies"], sizes["sequence"] = activation_bytes(config, task)
+    rows = config.batch // config.accumulate // int(os.environ.get("WORLD_SIZE", 1))
+    sizes["all"] = sum(sizes.values()) + (rows - 1) * sizes["sequence"]
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+class PreparedProblems:
+    """The training problems of a run as ids in its directory: made once, by all workers, and read as they are needed.
+
+    A row is the sequence, then where its scored positions begin and end. After the last problem the first comes again.
+    """
+
+    def __init__(self, trainer):
+        self.task, self.config = trainer.task, trainer.config
+        self.path = os.path.join(self.config.out, "problems.npy")
+        self.batches = self.config.problems // self.config.batch
+        self.shape = self.batches * self.config.batch, self.task.T + 3
+        if trainer.rank == 0 and not os.path.exists(self.path):
+            self._make()
+        if trainer.ranks > 1:
+            dist.barrier()
+        self.ids = np.load(self.path, mmap_mode="r")
+        if self.ids.shape != self.shape:
+            raise ValueError(f"{self.path} holds other problems: remove it, it will be made again")
+
+    def _make(self):
+        size = np.dtype(np.uint16 if self.task.vocab_size <= 2**16 else np.uint32)
+        pool = worker_pool(max(1, self.config.workers))
+        make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
+        try:
+            with open(self.path + ".tmp", "wb") as f:
+                header = {"descr": size.str, "fortran_order": False, "shape": self.shape}
+                np.lib.format.write_array_header_2_0(f, header)
+                for x, y, m in tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None):
+                    start = m.int().argmax(1)
+                    edges = torch.stack((start, start + m.sum(1)), 1)
+                    f.write(torch.cat((x, y[:, -1:], edges), 1).numpy().astype(size).tobytes())
+        except BrokenProcessPool:
+            raise ValueError("a worker died while it made problems (memory?): use fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+        os.replace(self.path + ".tmp", self.path)
+
+    def batch(self, seed, split, s, B):
+        """Batch number s of training, as the task's own batch() with the run's seed and batch size."""
+        rows = torch.from_numpy(self.ids[s % self.batches * B :][:B].astype(np.int64))
+        seq, (start, stop) = rows[:, :-2], rows[:, -2:].T
+        column = torch.arange(self.task.T)
+        return seq[:, :-1], seq[:, 1:], (start[:, None] <= column) & (column < stop[:, None])
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
 def main():
-    """Command line: exit status 0 when done, 128 + signal when stopped in training, else 2 and one line on stderr."""
+    """Command line: exit status 0 when done, 128 + signal when stopped, else 2, and one line on stderr says why."""
+    message, status = "", 2
     try:
         status = run(parse_config(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev: where it happened
             raise
-        status = f"train.py: {error}"
-    except OSError as error:  # a full disk, a run directory that was removed
-        if sys.flags.dev_mode:
-            raise
-        status = f"train.py: {error}; a checkpoint, if there is one, is kept"
+        full = isinstance(error, OSError)  # a full disk, a run directory that was removed
+        message = f"{error}; a checkpoint, if there is one, is kept" if full else error
     except KeyboardInterrupt:
-        status = "train.py: interrupted outside of training; --resume goes on if there is a checkpoint"
+        message, status = "interrupted outside of training; --resume goes on if there is a checkpoint", 130
     except NonFinite as error:
-        status = f"train.py: {error}; an earlier checkpoint, if any, is kept: lower --muon-lr, --adam-lr or --N"
+        message = f"{error}; an earlier checkpoint, if any, is kept: lower --muon-lr, --adam-lr or --N"
     except torch.OutOfMemoryError:
         how = "add --checkpoint, raise --accumulate up to --batch, or lower --N or the length of the text"
-        status = f"train.py: out of GPU memory: {how}"
-    if isinstance(status, str):
-        print(status, file=sys.stderr)
-        status = 2
+        message = f"out of GPU memory: {how}"
+    if message:
+        print(f"train.py: {message}", file=sys.stderr)
     sys.exit(status)
 
 
