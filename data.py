@@ -37,6 +37,7 @@ Read next: kernels.py
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -1622,12 +1623,19 @@ def read_json(path, how):
         raise ValueError(f"cannot read {path} ({error}): {how}") from None
 
 
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """A file to write under a temporary name, renamed at the end: a crash leaves the old one whole."""
+    with open(path + ".tmp", mode) as f:
+        yield f
+    os.replace(path + ".tmp", path)
+
+
 def write_json(path, content):
-    """Write JSON under a temporary name, then rename: a crash leaves the old file whole."""
-    with open(path + ".tmp", "w") as f:
+    """Write JSON to a whole_file."""
+    with whole_file(path) as f:
         json.dump(content, f, indent=1)
         f.write("\n")
-    os.replace(path + ".tmp", path)
 
 
 def main():

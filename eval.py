@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, read_json, write_json
+from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, read_json, whole_file, write_json
 from kernels import benchmark_table
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig
 from sleep import (
@@ -745,9 +745,9 @@ def plot(columns, path, problems):
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
-    figure.savefig(path + ".tmp", dpi=150, format="png")
+    with whole_file(path, "wb") as f:
+        figure.savefig(f, dpi=150, format="png")
     plt.close(figure)
-    os.replace(path + ".tmp", path)
 
 
 # -----------------------------------------------------------------------------
@@ -1014,9 +1014,9 @@ def plot_probe(results, path):
     config = results[0]["config"]
     Ns = f"trained with N={config['N']}, probed with N={results[0]['evaluated_N']}"
     figure.suptitle(f"{describe(config)}; {Ns}; {len(results)} seed(s)", fontsize=10)
-    figure.savefig(path + ".tmp", dpi=150, format="png")
+    with whole_file(path, "wb") as f:
+        figure.savefig(f, dpi=150, format="png")
     plt.close(figure)
-    os.replace(path + ".tmp", path)
 
 
 def report_probe(args, loaded):
@@ -1248,9 +1248,8 @@ def report_tables(args):
             print(results_table(path, args.rows, args.budget, args.plot))
             continue
         text = renewed_tables(path)
-        with open(path + ".tmp", "w") as f:
+        with whole_file(path) as f:
             f.write(text)
-        os.replace(path + ".tmp", path)
 
 
 # -----------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, read_json, write_json
+from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, read_json, whole_file, write_json
 from eval import (
     FREE,
     LATER_FLAGS,
@@ -654,9 +654,8 @@ class Log:
     def _drop_lines_after(self, step):
         # a killed run may have logged past its last checkpoint: those steps are about to be logged again
         lines = [line for line in read_log(self.trainer.config.out) if line["step"] <= step]
-        with open(self.path + ".tmp", "w") as f:
+        with whole_file(self.path) as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(self.path + ".tmp", self.path)
 
     def add(self, out):
         """Remember one step's device scalars; nothing is read from the device yet."""
@@ -1258,7 +1257,7 @@ class PreparedProblems:
         pool = worker_pool(max(1, self.config.workers))
         make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
         try:
-            with open(self.path + ".tmp", "wb") as f:
+            with whole_file(self.path, "wb") as f:
                 header = {"descr": size.str, "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_2_0(f, header)
                 for x, y, m in tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None):
@@ -1269,7 +1268,6 @@ class PreparedProblems:
             raise ValueError("a worker died while it made problems (memory?): use fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
-        os.replace(self.path + ".tmp", self.path)
 
     def batch(self, seed, split, s, B):
         """Batch number s of training, as the task's own batch() with the run's seed and batch size."""
