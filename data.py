@@ -1618,8 +1618,11 @@ def read_json(path, how):
     """A JSON file that holds an object: a dict. Raises ValueError, which ends with `how` to mend it, if it does not."""
     try:
         with open(path) as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+            found = json.load(f)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path} ({error}): {how}") from None
 
 

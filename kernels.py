@@ -577,7 +577,7 @@ def floor_seconds(shape, itemsize, backward, bandwidth, flops):
 
 
 def measure(call, device):
-    """Seconds per call as (median, first quartile, third quartile): 3 samples, or as many as fit a second, up to 30.
+    """Seconds per call as (median, first quartile, third quartile): as many samples as fit a second, 3 to 30.
 
     On a GPU a sample is a batch of calls, so that it contains what the host needs to launch them and no idle time.
     """

@@ -485,11 +485,12 @@ class CudaGraph:
         try:
             with recording:
                 self.out = trainer.gradients(self.micro, self.count)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0][:160]
-            raise ValueError(f"cannot record a CUDA graph here ({reason}): add --no-cuda-graph") from error
+            cause = error.__context__ or error  # what breaks a recording makes its end fail, too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).strip().split("\n")[0][:160]
+            raise ValueError(f"cannot record a CUDA graph here ({reason}): add --no-cuda-graph") from cause
         self.grads = [p.grad for p in self.parameters]  # the graph's own memory: a replay writes them there
 
     def replay(self, micro, count):
@@ -1289,8 +1290,9 @@ def main():
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev: where it happened
             raise
-        full = isinstance(error, OSError)  # a full disk, a run directory that was removed
-        message = f"{error}; a checkpoint, if there is one, is kept" if full else error
+        kept = isinstance(error, OSError)  # a full disk, a run directory that was removed
+        # a text: the error itself would keep the progress bar alive, on whose line it would then stand
+        message = f"{error}; a checkpoint, if there is one, is kept" if kept else str(error)
     except KeyboardInterrupt:
         message, status = "interrupted outside of training; --resume goes on if there is a checkpoint", 130
     except NonFinite as error:
