@@ -149,16 +149,19 @@ def rotate(x, cos, sin):
 
 
 def attention_mask(T, past, window, causal, device):
-    """Which of `past` cached and T new tokens each new one sees, (T, past + T) bool; None if plain causal will do."""
-    if causal and not past and T <= window:
-        return None
+    """Which of `past` cached and T new tokens each new one sees, (T, past + T) bool, and False.
+
+    None, True where that is plain causal, and None, False where it is all of them: that takes half the time of a mask.
+    """
+    if past + T <= window and not (past and causal):
+        return None, causal
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device)
     mask = mask.tril(past) if causal else mask
-    return mask if past + T <= window else mask.triu(past + 1 - window)
+    return (mask if past + T <= window else mask.triu(past + 1 - window)), False
 
 
 class Attention(nn.Module):
-    """RoPE attention over the kept cache and the new tokens, causal if the mask is; grouped heads; norms on q and k.
+    """RoPE attention over the kept cache and the new tokens; grouped heads; norms on q and k.
 
     window: tokens that it sees, itself included; inf for all. Model makes the mask for it.
     """
@@ -175,10 +178,10 @@ class Attention(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, config.n_head * self.head_dim, bias=False) if gated else None
         self.out_proj = nn.Linear(config.n_head * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x, state, rope, mask):
+    def forward(self, x, state, rope, mask, causal):
         """x (B, T, d_model) -> (B, T, d_model) and the state with x's keys and values appended to its cache.
 
-        rope: cos and sin for the cache and x; mask: (T, P+T) bool of who sees whom, None for causal without a cache.
+        rope: cos and sin for the cache and x; mask, causal: who sees whom, as attention_mask says.
         """
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, n_head, K), (B, T, n_kv_head, K)
@@ -192,7 +195,7 @@ class Attention(nn.Module):
             key.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=causal,
             enable_gqa=q.shape[2] != k.shape[2],
         )  # (B, n_head, T, K)
         o = o.transpose(1, 2).flatten(2)  # (B, T, n_head * K)
@@ -358,13 +361,13 @@ class Block(nn.Module):
         self.mlp = MLP(config) if has_mlp else None
         self.norm_mlp_out = make_norm(config, d) if sandwich else nn.Identity()
 
-    def forward(self, h, state, rope=None, mask=None, write_only=False):
-        """h (B, T, d_model) -> h, new LayerState. rope, mask: an attention block's; write_only: a delta block's.
+    def forward(self, h, state, rope=None, mask=None, causal=False, write_only=False):
+        """h (B, T, d_model) -> h, new LayerState. rope, mask, causal: for attention; write_only: for a delta block.
 
         With write_only, only S is computed, and h comes back None.
         """
         x = self.norm_mixer(h)
-        y, state = self.mixer(x, state, rope, mask) if self.attends else self.mixer(x, state, write_only)
+        y, state = self.mixer(x, state, rope, mask, causal) if self.attends else self.mixer(x, state, write_only)
         if write_only:
             return None, state
         h = h + self.norm_mixer_out(y)
@@ -425,8 +428,8 @@ class Model(nn.Module):
             block = self.layers[i]
             if block.attends:
                 past = 0 if state[i].k is None else state[i].k.shape[1]
-                mask = attention_mask(T, past, min(block.mixer.window, window), causal, h.device)
-                h, state[i] = block(h, state[i], self.rope(past + T, h), mask)
+                seen = attention_mask(T, past, min(block.mixer.window, window), causal, h.device)
+                h, state[i] = block(h, state[i], self.rope(past + T, h), *seen)
             else:
                 if state[i].S is None:
                     state[i] = state[i]._replace(S=block.mixer.zero_S(h))
