@@ -3329,8 +3329,9 @@ def test_train_flops_are_those_of_the_layers_that_run(flags):
         return project(x, *layers)
 
     def attention(module, args, y):  # two products over pairs; half of T x T where a token sees what came before it
-        x, _, _, mask = args
-        pairs = x.shape[1] ** 2 / 2
+        x, state, _, mask, causal = args
+        seen = x.shape[1] + (0 if state.k is None else state.k.shape[1])
+        pairs = x.shape[1] ** 2 / 2 if causal else x.shape[1] * seen
         if mask is not None:
             pairs = int(mask.sum()) - int(mask[:, 0].sum()) / 2 * (not mask[0, -1])
         counted.append(4 * pairs * len(x) * x.shape[2])
