@@ -153,6 +153,7 @@ def attention_mask(T, past, window, causal, device):
 
     None, True where that is plain causal, and None, False where it is all of them: that takes half the time of a mask.
     """
+    causal = causal and T > 1  # one token sees all that came before
     if past + T <= window and not (past and causal):
         return None, causal
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device)
