@@ -957,7 +957,7 @@ def run(config):
 
 # -----------------------------------------------------------------------------
 # starting from a public checkpoint: its weights, the memory it needs, its problems made ahead;
-# no other run needs what follows
+# no other run needs this section
 
 SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 HEADER_LIMIT = 100_000_000  # bytes
