@@ -29,7 +29,7 @@ To see three examples that can be checked by hand:
     $ python data.py --task depo --name-tokens 1 --t 4              # with --hops 4: 1 to 4 hops, and which
     $ python data.py --task gsm --op 6
 
-Based on section 3 of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
+Based on the tasks of "Do Language Models Need Sleep?" (arXiv:2605.26099). Depo follows the public layout Depo-1 of
 "Physics of Language Models: Part 4.1". GSMInfinite asks what GSM-Infinite (arXiv:2502.05252) asks, in names, grammar
 and code of our own. Where the paper is silent, a comment starts with "not in the paper".
 
@@ -155,7 +155,7 @@ def of_bits(name):
 
 class Rule110:
     """
-    Several unrelated random bit strings, then the first bit of each after t steps of Rule 110 (paper section 3).
+    Several unrelated random bit strings, then the first bit of each after t steps of Rule 110 (arXiv:2605.26099).
     t is fixed and never shown to the model; t=0 is recall. With width=4, t=1, strings=2:
 
         x    1 0 0 1   0 0 1 1   Q 1      the strings, then a query token and the earlier answers
@@ -352,7 +352,7 @@ def edge_hash(source, target):
 
 class Depo:
     """
-    A directed cycle listed as shuffled edges, then: who is k steps after this node? (paper section 3)
+    A directed cycle listed as shuffled edges, then: who is k steps after this node? (arXiv:2605.26099)
 
     Layout: a name is 1 or 2 tokens, its last one shifted by 50; an edge is its two names. A query is
     <query_k> start <answer> name; earlier answers stand in the sequence. With nodes=3, hops=2, queries=1:
@@ -1239,7 +1239,7 @@ def lay_out(rows, T, fill):
 
 class GSMInfinite:
     """
-    A word problem whose few necessary sentences stand among many of the same kind (paper section 3).
+    A word problem whose few necessary sentences stand among many of the same kind (arXiv:2605.26099).
 
     A text defines parameters, "the number of K in P", in any order; "the total number of ..." in a place is never
     defined: it is the sum over the kinds that the text mentions there (`hard`: of counts x averages). op is exactly

@@ -14,7 +14,7 @@ How it is judged: accuracy per difficulty on problems that training never saw, b
 A run is a directory written by train.py (config.json, ckpt.pt, log.jsonl) or a checkpoint file. All runs of one call
 answer the same problems. The digitised numbers of the paper are drawn where the setting is the paper's.
 
-Based on section 4 of "Do Language Models Need Sleep?" (arXiv:2605.26099).
+Based on the results of "Do Language Models Need Sleep?" (arXiv:2605.26099).
 
 Read next: train.py
 """
@@ -429,6 +429,9 @@ def groups_of(runs):
     values = {k: {str(s.get(k)) for s in settings.values() if k in s or k != "reinject"} for k in flags}
     differ = [k for k in flags if len(values[k]) > 1]
     shown = [*order, *(k for k in differ if k not in order)]
+    for name, (run, *seeds) in groups.items():
+        if not seeds and "start_from" in settings[name]:
+            settings[name]["start_from"] = run["config"]["start_from"]  # the one that there is
     names = sorted(groups, key=lambda name: [settings[name][k] for k in order[:2]] + [-settings[name]["tol"]])
     return [({k: settings[name].get(k) for k in shown}, groups[name]) for name in names]
 
@@ -533,11 +536,12 @@ PAPER = {
     },
 }
 AS_IN_THE_PAPER = dict(
-    evict="hard", sleep_attention="causal", reinject=False, answer_passes=1, random_N=False, grow=0.0
+    evict="hard", sleep_attention="causal", loop=None, reinject=False, answer_passes=1, random_N=False, grow=0.0,
+    start_from=None, learn="all",
 )  # fmt: skip
 PAPER_SETTING = {
     "rule110": {"width": 24, "strings": 4, "L": 24, "ask": "bit"} | AS_IN_THE_PAPER,
-    "depo": {"nodes": 75, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75} | AS_IN_THE_PAPER,
+    "depo": {"nodes": 75, "min_nodes": 3, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75} | AS_IN_THE_PAPER,
 }
 
 COLOURS = {1: "#6b7280", 2: "#0072b2", 3: "#009e73", 4: "#d55e00", 6: "#cc79a7", 8: "#e69f00"}
@@ -782,7 +786,7 @@ def time_sleeper(sleeper, device):
         for name, x in {"empty": ids[:, :1], "full": ids}.items():
             times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, config), device)
         for name, past in {"empty": 1, "full": L - 1}.items():
-            _, read = model.blocks(model.embed(ids[:, :past]), state, window=attention_span(config))
+            _, read = model.blocks(model.embed(ids[:, :past]), state, span=attention_span(config))
             times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, s, ids[:, :1], 1, config), device)
     return times
 

@@ -11,7 +11,7 @@ correction of Gated DeltaNet (arXiv:2412.06464); our S is the transpose of their
 
     delta_rule(q, k, v, g, beta, S) -> o, S    what the model calls; on a GPU impl="triton", elsewhere impl="torch"
     impl="recurrent"                           the three lines above in a loop: the definition every test compares with
-    impl="torch"                               the same thing a chunk of tokens at a time: matrix products only
+    impl="torch"                               the same thing a chunk of at most 64 tokens at a time: matrix products
     impl="triton"                              the same products in two kernels forward and two backward
 
 How a chunk of C tokens becomes matrix products. Let gc = cumsum(g) inside the chunk and decay_ij = exp(gc_i - gc_j)
@@ -53,7 +53,7 @@ def delta_rule(q, k, v, g, beta, S, impl="auto"):
     """Write T tokens into the fast weights S and read after every write.
 
     q, k:    (B, T, H, K), k (and usually q) L2-normalised by the caller; no scale is hidden here. q may be None when
-             nothing will be read (a sleeping chunk's last write): then o is None.
+             nothing will be read (the last write of a window that is slept over): then o is None.
     v:       (B, T, H, V)
     g, beta: (B, T, H) log forget gate (<= 0) and write gate, in promote_types(v.dtype, float32)
     S:       (B, H, K, V) fast weights, same dtype as g

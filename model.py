@@ -8,7 +8,7 @@ explicit: `blocks` takes a state and returns a new one, and the caller decides w
     h       features, (B, T, d_model)          g, beta log forget gate and write gate, (B, T, H)
 
 A layer pattern such as "ADAD" names the mixer of each block: A attention, D delta. Every block is
-h += mixer(norm(h)); h += mlp(norm(h)). Based on arXiv:2605.26099 section 2 (the hybrid) and arXiv:2412.06464 (Gated
+h += mixer(norm(h)); h += mlp(norm(h)). Based on arXiv:2605.26099 (the hybrid) and arXiv:2412.06464 (Gated
 DeltaNet). The forms of public checkpoints that differ from that are options, set by the table at the end.
 Read next: sleep.py
 """
@@ -92,7 +92,7 @@ class LayerState(NamedTuple):
 
     S: torch.Tensor | None = None  # delta: fast weights (B, H, K, V)
     conv: tuple | None = None  # delta: the last inputs of q's, k's and v's convolution, (B, conv-1, H*K or H*V) or None
-    k: torch.Tensor | None = None  # attention: keys before RoPE, (B, P, n_kv_head, K)
+    k: torch.Tensor | None = None  # attention: keys before RoPE of P tokens, (B, P, n_kv_head, head_dim)
     v: torch.Tensor | None = None  # attention: values, same shape
 
 
@@ -185,10 +185,10 @@ class Attention(nn.Module):
         rope: cos and sin for the cache and x; mask, causal: who sees whom, as attention_mask says.
         """
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, n_head, K), (B, T, n_kv_head, K)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, n_head, head_dim), (B, T, n_kv_head, head_dim)
         past = 0 if state.k is None else state.k.shape[1]
         if past:
-            k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)  # (B, P+T, n_kv_head, K)
+            k, v = torch.cat((state.k, k), 1), torch.cat((state.v, v), 1)  # (B, P+T, n_kv_head, head_dim)
         cos, sin = rope  # (P+T, 1, rope_dim/2): positions count from the start of the kept cache
         query, key = rotate(q, cos[past:], sin[past:]), rotate(k, cos, sin)
         o = F.scaled_dot_product_attention(
@@ -198,8 +198,8 @@ class Attention(nn.Module):
             attn_mask=mask,
             is_causal=causal,
             enable_gqa=q.shape[2] != k.shape[2],
-        )  # (B, n_head, T, K)
-        o = o.transpose(1, 2).flatten(2)  # (B, T, n_head * K)
+        )  # (B, n_head, T, head_dim)
+        o = o.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
         if self.gate_proj is not None:
             o = o * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(o), LayerState(k=k, v=v)
@@ -414,13 +414,13 @@ class Model(nn.Module):
         """The state at the start of a sequence: one empty LayerState per block."""
         return [LayerState() for _ in self.layers]
 
-    def blocks(self, h, state, layers=None, write_only=False, window=math.inf, causal=True):
+    def blocks(self, h, state, layers=None, write_only=False, span=math.inf, causal=True):
         """Run some of the blocks once, in order.
 
         h (B, T, d_model); state: a LayerState per block of the model; layers: the indices to run, all by default.
         write_only: the last of them is a delta block of which only the write to S is wanted; h comes back None.
-        window: tokens that attention sees at most, itself included. causal=False: attention also sees the later tokens
-        of h, all of them.
+        span: how many tokens attention sees at most, itself included. causal=False: it also sees the later tokens of h,
+        all of them.
         Returns h and a new state in which the blocks that did not run keep theirs. `state` itself is not changed.
         """
         layers = range(len(self.layers)) if layers is None else layers
@@ -429,7 +429,7 @@ class Model(nn.Module):
             block = self.layers[i]
             if block.attends:
                 past = 0 if state[i].k is None else state[i].k.shape[1]
-                seen = attention_mask(T, past, min(block.mixer.window, window), causal, h.device)
+                seen = attention_mask(T, past, min(block.mixer.window, span), causal, h.device)
                 h, state[i] = block(h, state[i], self.rope(past + T, h), *seen)
             else:
                 if state[i].S is None:

@@ -3,8 +3,22 @@
 This file is Algorithm 1 of arXiv:2605.26099. The comments `line k` are its line numbers. A long input is cut into
 windows of at most L tokens. A window without a scored token is slept over: N passes through the blocks, each fed with
 the features of the one before, each writing the delta layers' fast weights S. Then features and cache are thrown away.
-A window with scored tokens is answered in ONE ordinary pass that knows the past through S alone. `Sleeper`, at the end,
-does the same with a stream of tokens, outside of training.
+A window with scored tokens is answered in ONE ordinary pass, which knows the past through S (and what of the cache was
+not evicted) and writes S, too:
+
+    1   S <- 0
+    2   split tokens x and loss mask m into chunks of at most L
+    3   for each chunk c with its mask m_c:
+    4       h <- Embed(c)
+    5       if m_c is all zero:                     asleep
+    6           for n = 1..N:
+    7               h, S <- Blocks(h, S)
+    9       else:                                   awake
+    10          h, S <- Blocks(h, S)
+    11          loss <- MaskedCE(OutProj(h), c, m_c)
+    14  backpropagate the loss through everything
+
+`Sleeper`, at the end, does the same with a stream of tokens, outside of training.
 
 Read next: eval.py
 """
@@ -26,7 +40,7 @@ from model import FAST_MIXERS, LayerState
 
 
 class Chunk(NamedTuple):
-    """Tokens start..stop-1 of the sequence.
+    """One window: tokens start..stop-1 of the sequence, L of them or, at the end, fewer.
 
     n_logits: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk.
     All, or a power of two from 8 on that holds the scored ones (so that few shapes occur), where that is a quarter of
@@ -148,20 +162,21 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     """
     embedded, old = h, state
     for n, layers in enumerate(passes(model.config.pattern, config), 1):
-        fed_back = next_input(model, h, embedded, config) if n > 1 else h
+        fed_in = next_input(model, h, embedded, config) if n > 1 else h
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
         # not in the paper: that the convolution's history is not kept between passes
         start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
-        # under hard eviction the last pass ends with its last write to S
-        args = fed_back, start, layers, n == config.N and not config.keep, attention_span(config), config.causal
+        write_only = n == config.N and not config.keep  # under hard eviction the last pass ends with its last write
+        args = fed_in, start, layers, write_only, attention_span(config), config.causal
         if use_checkpoint and torch.is_grad_enabled():
             # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
             h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             h, new = model.blocks(*args)
+        # a block that this pass left out keeps the cache of the pass that ran it
         state = [new[i] if i in layers else layer for i, layer in enumerate(state)]
-        yield fed_back, state
+        yield fed_in, state
 
 
 def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
@@ -174,12 +189,12 @@ def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
     if on_pass:
         each_pass = watched(each_pass, state, on_pass)
     if config.tol:
-        fed_back, state, slept = until_settled(each_pass, state, config.tol)
+        fed_in, state, slept = until_settled(each_pass, state, config.tol)
     else:
-        for fed_back, state in each_pass:
+        for fed_in, state in each_pass:
             pass
         slept = torch.full((len(h),), config.N, device=h.device)
-    return evict(state, config), fed_back, slept
+    return evict(state, config), fed_in, slept
 
 
 class Algorithm1(nn.Module):
@@ -203,17 +218,17 @@ class Algorithm1(nn.Module):
         each row's sleeps, (B,).
         """
         state = self.model.initial_state()  # line 1
-        fed_back, logits, positions, slept = None, [], [], []
+        fed_in, logits, positions, slept = None, [], [], []
         for start, stop, n_logits in chunks:  # line 3
             embedded = h = self.model.embed(x[:, start:stop])  # line 4
             if not n_logits:  # lines 6, 7
-                state, fed_back, passes_taken = sleep(self.model, h, state, self.config, self.use_checkpoint)
+                state, fed_in, passes_taken = sleep(self.model, h, state, self.config, self.use_checkpoint)
                 slept.append(passes_taken)
                 continue
             # line 10: one pass, still writing S; the cache is what the last eviction left
             for n in range(self.answer_passes):
                 h = next_input(self.model, h, embedded, self.config) if n else h
-                h, new = self.model.blocks(h, state, window=attention_span(self.config))
+                h, new = self.model.blocks(h, state, span=attention_span(self.config))
             state = evict(new, self.config)
             where = torch.arange(stop - start, device=x.device).expand(len(x), -1)
             if n_logits < stop - start:
@@ -223,7 +238,7 @@ class Algorithm1(nn.Module):
             positions.append(start + where)
         with torch.no_grad():
             S = torch.cat([layer.S.flatten() for layer in state if layer.S is not None])
-            stats = {"h_rms": rms(h if fed_back is None else fed_back), "S_rms": rms(S)}
+            stats = {"h_rms": rms(h if fed_in is None else fed_in), "S_rms": rms(S)}
             stats["passes"] = torch.stack(slept or [x.new_zeros(len(x))]).float().mean(0)
         return torch.cat(logits, 1), torch.cat(positions, 1), stats
 
@@ -251,10 +266,10 @@ def rms(x):
 
 def watched(each_pass, state, on_pass):
     """The same passes; after each, on_pass(its number, relative_change) is called. state: before the first."""
-    for n, (fed_back, new) in enumerate(each_pass, 1):
+    for n, (fed_in, new) in enumerate(each_pass, 1):
         on_pass(n, relative_change(state, new))
         state = new
-        yield fed_back, new
+        yield fed_in, new
 
 
 def until_settled(each_pass, state, tol):
@@ -264,7 +279,7 @@ def until_settled(each_pass, state, tol):
     features that entered the last pass, the state, nothing evicted, and how many passes each row slept, (B,) int64.
     """
     settled = None
-    for fed_back, new in each_pass:
+    for fed_in, new in each_pass:
         change = relative_change(state, new)  # (B,)
         if settled is None:
             settled, slept = torch.zeros_like(change, dtype=torch.bool), torch.zeros_like(change, dtype=torch.int64)
@@ -273,7 +288,7 @@ def until_settled(each_pass, state, tol):
         slept, settled, state = slept + ~settled, settled | (change <= tol), new
         if settled.all():
             break
-    return fed_back, state, slept
+    return fed_in, state, slept
 
 
 def relative_change(old, new):
@@ -308,7 +323,7 @@ def answer(model, state, x, max_new, config):
     """
     new, past = [], 0
     for _ in range(max_new):
-        h, state = model.blocks(model.embed(x, past), state, window=attention_span(config))
+        h, state = model.blocks(model.embed(x, past), state, span=attention_span(config))
         past += x.shape[1]
         x = model.head(h[:, -1:]).argmax(-1)  # (B, 1)
         new.append(x)

@@ -820,7 +820,7 @@ def ref_window(eviction, T):
 @pytest.mark.parametrize("pattern, n_pos", (("DADA", 0), ("ADAD", L), ("AADD", L + 3)))
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_sleep_once_is_a_whole_sequence_forward(eviction, pattern, n_pos, predicts):
-    """N=1 is not the ordinary hybrid of section 2, whose attention sees its block, a sliding window, or everything."""
+    """N=1 is not the ordinary hybrid, whose attention sees its block, a sliding window, or everything."""
     model, x = random_model(pattern, n_pos=n_pos), random_ids(2, 3 * L + 4)
     h, S, window = ref_embed(model, x, L), ref_zero_S(model, 2), ref_window(eviction, x.shape[1])
     want = ref_head(model, ref_blocks(model, h, S, range(4), L, window))
@@ -2389,7 +2389,8 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
 
 def run_of(path, rows=None, **flags):
     """A scored run as in a results file, of Rule 110 at the paper's sizes unless flags say otherwise."""
-    config = evaluation.LATER_FLAGS | dict(task="rule110", N=4, seed=0, t=12, width=24, strings=4, L=24, steps=10)
+    config = evaluation.LATER_FLAGS | dict(task="rule110", N=4, seed=0, t=12, width=24, strings=4, L=24, loop=None)
+    config["steps"] = 10
     config |= flags
     rows = rows or {f"t={config['t']} exact": {"accuracy": config["t"] / 20, "n": 9}}
     asked = {"evaluated_N": config["N"], "evaluated_t": config["t"], "tol": 0.0}
@@ -2456,7 +2457,10 @@ def test_eval_figures_keep_apart_what_was_trained_apart():
         "N=4, trained t 4": ["t4", "t4"], "N=4, trained t 6": ["t6", "t6"]
     }  # fmt: skip
     assert evaluation.paper_points(run_of("a", N=1)) is not None
-    for other in ({"sleep_attention": "full"}, {"evict": "all"}, {"answer_passes": 4}, {"width": 12}):
+    for other in (
+        {"sleep_attention": "full"}, {"evict": "all"}, {"answer_passes": 4}, {"width": 12}, {"loop": "2:4"},
+        {"start_from": "out/warm"}, {"learn": "delta"},
+    ):  # fmt: skip
         assert evaluation.paper_points(run_of("a", N=1, **other)) is None
 
 
@@ -4263,6 +4267,14 @@ def test_repository_pages_commands_are_accepted(monkeypatch):
     monkeypatch.setattr(evaluation, "import_pyplot", lambda: None)  # the README's install does not bring matplotlib
     for flags in judging:
         evaluation.parse_args(flags)
+
+
+def test_repository_program_of_your_own_learns():
+    """The README's program fails, or some parameter gets no gradient in it."""
+    (program,) = re.findall(r"```python\n(import torch\n.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {}
+    exec(program, names)
+    assert all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
 
 
 def test_repository_predictions_for_a_gpu_are_those_of_the_code():

@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=2 train.py --task depo --N 4
 
 The step is Algorithm 1 of arXiv:2605.26099 (sleep.py), summed over the batch and divided by the number of scored
-tokens; Muon for the matrices of the blocks, AdamW for the rest (section 2). A run directory holds config.json (what
+tokens; Muon for the matrices of the blocks, AdamW for the rest. A run directory holds config.json (what
 ran, where, which commit), log.jsonl (curves), ckpt.pt (to resume, and for eval.py) and result.json (the test scores).
 
 Read next: test_all.py
@@ -180,7 +180,7 @@ PRESETS = {
                      eval_every=200),
     },
     "depo": {
-        # not in the paper: plain delta layers, where it has Jet-Nemotron's with dynamic convolutions
+        # not in the paper: attention and plain delta layers in turn, where it has the architecture of Jet-Nemotron
         "paper": dict(nodes=75, hops=16, queries=10, name_tokens=2, min_nodes=3, L=75, pattern="ADADADADAD",
                       d_model=512, n_head=8, batch=128, steps=138_000, muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
         "small": dict(nodes=24, hops=8, queries=8, name_tokens=1, min_nodes=8, L=24, pattern="ADAD", d_model=256,
@@ -363,7 +363,7 @@ def choose_parameters(model, config):
 
 
 def make_optimizers(model, config):
-    """Muon for the nn.Linear weights inside the blocks, AdamW for the rest (section 2): [muon, adamw].
+    """Muon for the nn.Linear weights inside the blocks, AdamW for the rest, as in the paper: [muon, adamw].
 
     not in the paper: weight decay, betas, Muon's momentum and Newton-Schulz steps (torch's), how its learning rate
     depends on a matrix's shape, and which parameters count as matrices (the gates do, convolutions do not).
