@@ -424,6 +424,7 @@ def test_kernel_refuses_what_does_not_fit(wrong):
 
 TRITON_CASES = [(T, regime, 32, 40) for T in (1, 31, 32, 33, 63, 100) for regime in REGIMES]
 TRITON_CASES += [(33, "usual", 48, 16), (40, "hard decay", 96, 130), (20, "usual", 128, 8), (33, "beta 2", 64, 64)]
+TRITON_CASES += [(33, "usual", 96, 256)]  # Jet-Nemotron's
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
 old_interpreter = kernels.triton and kernels.triton.__version__.startswith(("3.4.", "3.5.", "3.6."))
 needs_interpreter = pytest.mark.skipif(
@@ -475,7 +476,8 @@ def interpreted():
     torch.manual_seed(1234)
     found = {}
     for case in TRITON_CASES:
-        found[str(case)] = triton_errors(rounded_inputs(*case, B=1, H=1))
+        for dtype in (torch.float32, torch.float16):
+            found[f"{dtype} {case}"] = triton_errors(rounded_inputs(*case, dtype=dtype, B=1, H=1))
     inputs = rounded_inputs(40, "usual", 32, 40)  # two rows, two heads, two chunks, two blocks of columns
     found["views"] = triton_errors(inputs, views=True)
     found |= {part: triton_errors(inputs, part=part) for part in ("o", "S", "write")}
@@ -504,9 +506,14 @@ def interpreted_as_an_op():
 def test_kernel_triton_interpreted():
     """The Triton kernels compute something else than the definition, or leave memory that they should have written."""
     found = json.loads(shell("-c", "import test_all; test_all.interpreted()", TRITON_INTERPRET="1"))
-    assert len(found) == len(TRITON_CASES) + 4
+    assert len(found) == 2 * len(TRITON_CASES) + 4
     for case, errors in found.items():
-        assert max(errors.values()) <= 1e-5, (case, errors)
+        if "float16" in case:  # its products have rounded operands, as bfloat16's, which this interpreter cannot form
+            if "hard decay" in case:
+                errors.pop("dS")  # what has decayed below 6e-8 is lost
+            assert max(errors.values()) <= 0.005, (case, errors)
+        else:
+            assert max(errors.values()) <= 1e-5, (case, errors)
 
 
 @needs_interpreter
@@ -545,19 +552,21 @@ def compile_offline(kernel, constants, pointer, num_warps, num_stages):
 def compiled_offline():
     """Runs in a process without TRITON_INTERPRET: every kernel as delta_rule launches it. Prints JSON."""
     found = {}
-    for K in (64, 128):
-        for dtype, pointer in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            k = torch.empty(1, 64, 1, K, dtype=dtype, device="meta")
-            o = kernels._plan(k, k)[2]
-            warps, inverse = o.pop("num_warps"), {name: o[name] for name in ("C", "BK", "PRECISION")}
-            launches = {
-                "_inverse_kernel": (inverse | {"LOG_C": o["C"].bit_length() - 1}, pointer, 2, 3),
-                "_forward_kernel": (o | {"READ": True}, pointer, warps, 2),
-                "_backward_kernel": (o | {"READ": True, "LATER": True}, pointer, warps, 2),
-                "_gradient_kernel": (o | {"READ": True}, pointer, warps, 1),
-            }
-            for name, launch in launches.items():
-                found[f"{pointer} K={K} {name}"] = compile_offline(getattr(kernels, name), *launch)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    sizes = [("bf16", 64, 64), ("bf16", 128, 128), ("bf16", 96, 256), ("fp16", 64, 64)]
+    sizes += [("fp32", 64, 64), ("fp32", 128, 128)]
+    for pointer, K, V in sizes:
+        k, v = (torch.empty(1, 64, 1, size, dtype=dtypes[pointer], device="meta") for size in (K, V))
+        o = kernels._plan(k, v)[2]
+        warps, inverse = o.pop("num_warps"), {name: o[name] for name in ("C", "BK", "PRECISION")}
+        launches = {
+            "_inverse_kernel": (inverse | {"LOG_C": o["C"].bit_length() - 1}, pointer, 2, 3),
+            "_forward_kernel": (o | {"READ": True}, pointer, warps, 2),
+            "_backward_kernel": (o | {"READ": True, "LATER": True}, pointer, warps, 2),
+            "_gradient_kernel": (o | {"READ": True}, pointer, warps, 1),
+        }
+        for name, launch in launches.items():
+            found[f"{pointer} K={K} {name}"] = compile_offline(getattr(kernels, name), *launch)
     print(json.dumps(found))
 
 
@@ -565,10 +574,10 @@ def compiled_offline():
 def test_kernel_triton_compiles_for_the_h200():
     """A kernel spills registers, needs Hopper's asynchronous products or more shared memory than there is."""
     found = json.loads(shell("-c", "import test_all; test_all.compiled_offline()", TRITON_INTERPRET="0"))
-    assert len(found) == 16
+    assert len(found) == 24
     for case, (spilled, wgmma, shared) in found.items():
         assert wgmma == 0 and shared < 100_000, (case, wgmma, shared)
-        # the exceptions: float32 needs three products for each one, and K = 128 is short of a register or two
+        # the exceptions: float32 needs three products for each one, and K above 64 is short of a register or two
         allowed = 2000 if case.startswith("fp32") else 0 if "K=64" in case else 16
         assert spilled <= allowed, (case, spilled)
 
@@ -578,7 +587,7 @@ def test_kernel_triton_compiles_for_the_h200():
 def test_kernel_triton_on_a_gpu(dtype):
     """The compiled kernels compute something else than the interpreted ones."""
     for case in TRITON_CASES:
-        assert_accurate(triton_errors(rounded_inputs(*case, dtype=dtype), "cuda"), dtype, case)
+        assert_accurate(triton_errors(rounded_inputs(*case, dtype=dtype, B=4, H=8), "cuda"), dtype, case)
     inputs = rounded_inputs(75, "usual", 64, 64, dtype)
     assert_accurate(triton_errors(inputs, "cuda", views=True), dtype, "views")
     for part in ("o", "S", "write"):
@@ -586,13 +595,14 @@ def test_kernel_triton_on_a_gpu(dtype):
 
 
 def assert_accurate(errors, dtype, case):
-    """Errors on a GPU: 1e-4 in float32 (three TF32 products for one), else 0.01, for the gates' gradients 0.02.
+    """Errors on a GPU: 1e-4 in float32 (three TF32 products for one), else 0.01, for the gates' gradients 0.015.
 
-    In an emulation of every rounding the worst over TRITON_CASES were 0.004, and 0.016 for the gates.
+    In an emulation of every rounding to bfloat16 the worst over 32 heads were 0.003, and 0.012 for the gates. Of one
+    head the gates' can be four times that: with a single token dg is one number, the sum of many that cancel.
     """
     for name, value in errors.items():
         gate = name in ("dg", "dbeta")
-        assert value <= (1e-4 if dtype == torch.float32 else 0.02 if gate else 0.01), (case, errors)
+        assert value <= (1e-4 if dtype == torch.float32 else 0.015 if gate else 0.01), (case, errors)
 
 
 @needs_gpu
@@ -2927,6 +2937,25 @@ def test_train_resumed_run_is_the_uninterrupted_run_compiled(tmp_path, monkeypat
     assert saved["model"].keys() == train.Trainer(config_of(flags, "--no-compile")).model.state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    (RULE110 + " --strings 3 --N 4 --evict sliding", DEPO + " --N 4 --pattern ADAD --loop 1:3 --accumulate 2"),
+    ids=("sliding", "loop"),
+)
+def test_train_compiles_nothing_after_the_first_step(flags, monkeypatch, fresh_compiler):
+    """A pass, a window or a step has a compilation of its own, or something in a block breaks the graph."""
+    compile_module, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="aot_eager"))
+    counters.clear()
+    config, graphs = config_of(flags, "--compile"), []
+    trainer = train.Trainer(config)
+    batches = train.Batches(trainer.task, config)
+    for step in range(3):
+        trainer.train_step(*batches.get(step))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2] <= 6 and not counters["graph_break"]
+
+
 def test_train_resumes_with_other_flags_of_the_machine(tmp_path, monkeypatch):
     """A run that outgrew its machine cannot go on with smaller micro-batches, recomputation or more threads."""
     flags = f"{DEPO} --out {tmp_path}/run"
@@ -4252,7 +4281,8 @@ PAGES = ("README.md", "results/README.md")
 def test_repository_pages_commands_are_accepted(monkeypatch):
     """A page shows a command that the programs refuse."""
     text = "\n".join((HERE / page).read_text() for page in PAGES)
-    commands = re.findall(r"^(?:.*&& )?((?:python|torchrun) .*?)(?:  .*)?$", text, re.M)
+    text = re.sub(r"\$[Nst]", "1", text)  # in a loop
+    commands = re.findall(r"^(?:.*(?:&&|do) )?((?:python|torchrun) .*?)(?:;.*|  .*)?$", text, re.M)
     commands += re.findall(r"`(python (?:train|eval)\.py [^`]*)`", text)  # in a sentence
     words = [shlex.split(command.replace("FILE", "file")) for command in commands]
     training = [w[w.index("train.py") + 1 :] for w in words if "train.py" in w]
@@ -4284,7 +4314,8 @@ def test_repository_predictions_for_a_gpu_are_those_of_the_code():
         task = train.build_task(vars(config))
         chunks = split_chunks(task.batch(0, "train", 0, 4)[2], config.L)
         each = [replace(config, N=int(N)) for N in row["N"].split(", ")]
-        flops = [train.flops_per_step(one, task, chunks) * config.steps for one in each]
+        cost = functools.cache(lambda N: train.flops_per_step(replace(config, N=N), task, chunks))
+        flops = [sum(cost(train.passes_of(step, one)) for step in range(one.steps)) for one in each]
         minutes = [f * (4 / 3 if config.checkpoint else 1) / (0.1 * 989e12) / 60 for f in flops]
         assert row["pflop"] == " / ".join(f"{f / 1e15:,.0f}" for f in flops)
         assert row["minutes"] == " / ".join(f"{m:,.0f}" for m in minutes)
