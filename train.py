@@ -785,10 +785,10 @@ def device_name(config):
 WRITERS = ("mixer.k_proj", "mixer.v_proj", "mixer.a_proj", "mixer.b_proj", "mixer.conv_v.")  # what a write to S needs
 
 
-def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True):
+def block_flops(block, T, past=0, span=math.inf, write_only=False, causal=True):
     """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
 
-    Attention: Q K' and P V over the tokens that are seen, of these and of `past` cached ones, at most `window`. Delta
+    Attention: Q K' and P V over the tokens that are seen, of these and of `past` cached ones, at most `span`. Delta
     rule: 2 K V per token and head to predict, to write, to read.
     """
     matrices = [(name, p.numel()) for name, p in block.named_parameters() if name.endswith("_proj.weight")]
@@ -797,11 +797,11 @@ def block_flops(block, T, past=0, window=math.inf, write_only=False, causal=True
     if not block.attends:
         _, heads, key_dim, value_dim = mixer.S_shape(1)
         return T * (2 * weights + (4 if write_only else 6) * heads * key_dim * value_dim)
-    window = min(mixer.window, window)
-    early = max(0, min(T, window - past))  # tokens whose window reaches back to the first key
+    span = min(mixer.window, span)
+    early = max(0, min(T, span - past))  # tokens whose span reaches back to the first key
     pairs = early * past + early**2 / 2  # the causal half of a square: its diagonal counts half
-    if early < T:  # then the window is finite
-        pairs += (T - early) * window
+    if early < T:  # then the span is finite
+        pairs += (T - early) * span
     if not causal:  # the later tokens, too; now the diagonal counts whole
         pairs += (T * (T - 1) + early) / 2
     return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
