@@ -4347,6 +4347,13 @@ def test_repository_pages_tables_are_those_of_the_results(page):
     assert evaluation.renewed_tables(str(HERE / page)) == text
 
 
+def test_repository_figures_can_be_drawn_again():
+    """A figure has no results file, or one that lacks its curves; a probe has none."""
+    for figure in (HERE / "results").glob("*.png"):
+        found = json.loads(figure.with_suffix(".json").read_text())
+        assert "fitted_on" in found or all(len(run["curve"]["tokens"]) > 1 for run in found["runs"]), figure
+
+
 @pytest.mark.parametrize("page", (*PAGES, "results/log.md"))
 def test_repository_pages_links_lead_somewhere(page):
     """A link points to a file or a heading that is not there."""
