@@ -429,9 +429,9 @@ def groups_of(runs):
     values = {k: {str(s.get(k)) for s in settings.values() if k in s or k != "reinject"} for k in flags}
     differ = [k for k in flags if len(values[k]) > 1]
     shown = [*order, *(k for k in differ if k not in order)]
-    for name, (run, *seeds) in groups.items():
-        if not seeds and "start_from" in settings[name]:
-            settings[name]["start_from"] = run["config"]["start_from"]  # the one that there is
+    for name, (run, *others) in groups.items():
+        if not others and "start_from" in settings[name]:
+            settings[name]["start_from"] = run["config"]["start_from"]  # of a single run the directory itself
     names = sorted(groups, key=lambda name: [settings[name][k] for k in order[:2]] + [-settings[name]["tol"]])
     return [({k: settings[name].get(k) for k in shown}, groups[name]) for name in names]
 

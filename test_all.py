@@ -2399,9 +2399,8 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
 
 def run_of(path, rows=None, **flags):
     """A scored run as in a results file, of Rule 110 at the paper's sizes unless flags say otherwise."""
-    config = evaluation.LATER_FLAGS | dict(task="rule110", N=4, seed=0, t=12, width=24, strings=4, L=24, loop=None)
-    config["steps"] = 10
-    config |= flags
+    config = evaluation.LATER_FLAGS | dict(task="rule110", N=4, seed=0, t=12, width=24, strings=4, L=24)
+    config |= dict(loop=None, steps=10) | flags
     rows = rows or {f"t={config['t']} exact": {"accuracy": config["t"] / 20, "n": 9}}
     asked = {"evaluated_N": config["N"], "evaluated_t": config["t"], "tol": 0.0}
     return asked | {"path": path, "config": config, "step": 10, "rows": rows, "passes": 4.0}

@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=2 train.py --task depo --N 4
 
 The step is Algorithm 1 of arXiv:2605.26099 (sleep.py), summed over the batch and divided by the number of scored
-tokens; Muon for the matrices of the blocks, AdamW for the rest. A run directory holds config.json (what
-ran, where, which commit), log.jsonl (curves), ckpt.pt (to resume, and for eval.py) and result.json (the test scores).
+tokens; Muon for the matrices of the blocks, AdamW for the rest. A run directory holds config.json (what ran, where,
+which commit), log.jsonl (curves), ckpt.pt (to resume, and for eval.py) and result.json (the test scores).
 
 Read next: test_all.py
 """
