@@ -3,7 +3,7 @@ What the model is asked: three synthetic memory tasks, generated on the fly with
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
 a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (how many tokens must be remembered, a
-multiple of the window L), `T` (tokens in every row), and
+multiple of the window L), `T` (tokens in every row), `answer_tokens` (in an answer, at most), and
     batch(seed, split, s, B)                x, y (int64) and m (bool), (B, T): tokens, what to predict, and which
                                             positions are scored; no row is scored in a window and another only later
                                             (sleep.split_chunks)
@@ -15,8 +15,8 @@ multiple of the window L), `T` (tokens in every row), and
     decode(ids)                             text for people
     explain(x, y, m)                        one example, for people
 and for some purposes
-    encode(text), prompt, answer_tokens     for a chat: text to ids, what follows the context to make the model answer
-                                            ("": the user's question), and how many tokens an answer has at most
+    encode(text), prompt                    for a chat: text to ids, and what follows the context to make the model
+                                            answer ("": the user's question)
     t, at(t)                                for --grow and eval.py --t: how many steps answers are away at most (None:
                                             no such number), and the same task, in the same tokens, with another t
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)

@@ -699,7 +699,8 @@ def draw_difficulty(ax, columns, field):
     numbers = [(re.search(r"\d+", key) or [key])[0] for key in keys]
     ax.set_xticks(list(place.values()), numbers)
     ax.set_xlim(-0.6, len(keys) - 0.4)
-    ax.set_xlabel("t, steps of Rule 110" if "t=" in keys[0] else keys[0].split()[0])
+    rule110 = next(iter(columns.values()))[0]["config"]["task"] == "rule110"
+    ax.set_xlabel("t, steps of Rule 110" if rule110 else re.split("[ =]", keys[0])[0])
     ax.set_ylabel("final accuracy (%)" if field == "accuracy" else "final loss per scored token (nats)")
 
 

@@ -161,19 +161,23 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
     embedded, old = h, state
-    for n, layers in enumerate(passes(model.config.pattern, config), 1):
+
+    def one_pass(n, h, *args):
         fed_in = next_input(model, h, embedded, config) if n > 1 else h
+        return fed_in, *model.blocks(fed_in, *args)
+
+    for n, layers in enumerate(passes(model.config.pattern, config), 1):
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
         # not in the paper: that the convolution's history is not kept between passes
         start = [layer._replace(S=latest.S) for layer, latest in zip(old, state)]
         write_only = n == config.N and not config.keep  # under hard eviction the last pass ends with its last write
-        args = fed_in, start, layers, write_only, attention_span(config), config.causal
+        args = n, h, start, layers, write_only, attention_span(config), config.causal
         if use_checkpoint and torch.is_grad_enabled():
             # nothing here draws random numbers, and to keep their state would break the recording of a CUDA graph
-            h, new = checkpoint(model.blocks, *args, use_reentrant=False, preserve_rng_state=False)
+            fed_in, h, new = checkpoint(one_pass, *args, use_reentrant=False, preserve_rng_state=False)
         else:
-            h, new = model.blocks(*args)
+            fed_in, h, new = one_pass(*args)
         # a block that this pass left out keeps the cache of the pass that ran it
         state = [new[i] if i in layers else layer for i, layer in enumerate(state)]
         yield fed_in, state
