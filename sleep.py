@@ -162,7 +162,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     """
     embedded, old = h, state
 
-    def one_pass(n, h, *args):
+    def one_pass(n, h, *args):  # checkpointed as a whole: h is kept, what next_input makes of it is not
         fed_in = next_input(model, h, embedded, config) if n > 1 else h
         return fed_in, *model.blocks(fed_in, *args)
 
