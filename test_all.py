@@ -4073,11 +4073,11 @@ def test_public_text_holds_the_problems(tokenizer_file):
     assert {int(scored.nonzero()[0]) // 64 for scored in m} == {int(m[0].nonzero()[0]) // 64}  # all in one window
     right = task.score(x, y, m, torch.where(m, y, 0))
     assert sum(map(len, right.values())) == 40 and all(part.all() for part in right.values())
-    first = m & (m.cumsum(1) == 1) & (torch.arange(40) % 2 == 1)[:, None]  # one token is wrong in every other answer
-    spoiled = task.score(x, y, m, torch.where(first, y + 1, y))
+    wrong = m & (m.cumsum(1) == 1) & (torch.arange(40) % 2 == 1)[:, None]  # one token in every other answer
+    spoiled = task.score(x, y, m, torch.where(wrong, y + 1, y))
     assert sum(int(part.sum()) for part in spoiled.values()) == 20
-    ce, op = torch.rand(m.shape), task.in_our_tokens(x, y, m)[0]
-    op = torch.as_tensor(task.ours.measures(op)["op"])
+    ce, in_ours = torch.rand(m.shape), task.in_our_tokens(x, y, m)[0]
+    op = torch.as_tensor(task.ours.measures(in_ours)["op"])
     for name, row in task.losses(x, y, m, ce).items():
         those = m & (op == int(name.split()[1]))[:, None]
         assert row["loss"] == pytest.approx(float(ce[those].mean()), nan_ok=True)
