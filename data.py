@@ -1605,6 +1605,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def check_writable(path):
+    """Raises ValueError if no file can be written there: found out before hours of work, not after."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: give a file in a directory that exists and is yours")
+
+
 def git_commit():
     """The commit of this code, "-dirty" if it was edited since; "unknown" outside a git checkout."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]

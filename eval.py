@@ -38,7 +38,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, GSMText, Parser, git_commit, read_json, whole_file, write_json
+from data import (
+    EXAMPLE_SIZES,
+    SPLITS,
+    TASKS,
+    GSMText,
+    Parser,
+    check_writable,
+    git_commit,
+    read_json,
+    whole_file,
+    write_json,
+)
 from kernels import benchmark_table
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig
 from sleep import (
@@ -1296,9 +1307,7 @@ def parse_args(argv):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     for path in filter(None, (args.json, args.plot)):
-        folder = os.path.dirname(path) or "."
-        if not os.path.isdir(folder) or os.path.isdir(path) or not os.access(folder, os.W_OK):
-            raise ValueError(f"cannot write {path}: give a file in a directory that exists and is yours")
+        check_writable(path)
     unused = {
         "cost": ("tol", "t", "plot"),
         "table": ("N", "tol", "t", "json"),

@@ -30,6 +30,7 @@ import functools
 import itertools
 import os
 import platform
+import shutil
 import sys
 import time
 from gc import collect  # gc is a cumulative sum here
@@ -45,6 +46,8 @@ try:
 except ImportError:  # macOS, Windows: the kernels below are then never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
+# Triton needs one on the GPU's side, too: it calls its kernels through C
+HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 MAX_CHUNK = 64  # more tokens per chunk mean fewer sequential steps but C^2 work per token
 
@@ -93,6 +96,8 @@ def why_not_triton(k, v):
         return "the package triton is not installed"
     if not k.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {k.device.type}, not on a GPU"
+    if k.is_cuda and not HAS_C_COMPILER:
+        return "Triton needs a C compiler: install gcc or set CC"
     if K % 16 or K > 128 or V > 256:
         return f"K = {K} must be a multiple of 16 up to 128, and V = {V} at most 256"
     if v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -555,7 +560,9 @@ def peer():
     try:
         import fla.ops.common.chunk_o
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
+    except Exception as error:  # whatever an import that fails raises: without a peer the rest is still measured
+        if not isinstance(error, ModuleNotFoundError):
+            print(f"flash-linear-attention cannot be imported ({error!r}): measured without it", file=sys.stderr)
         return None
     # its backward refuses Hopper with Triton < 3.7.1, where its dk can be wrong; as a peer in time it still serves
     fla.ops.common.chunk_o.IS_NVIDIA_HOPPER = False
@@ -676,14 +683,17 @@ def benchmark_table(rows):
 
 def main():
     """Benchmark this machine: a Markdown table on stdout, everything in --json."""
-    from data import Parser, git_commit, write_json
+    from data import Parser, check_writable, git_commit, write_json
 
     parser = Parser(description="Benchmark the delta rule: bfloat16 on a GPU, float32 on one thread of a CPU.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     parser.add_argument("--json", help="write all numbers to this file")
     args = parser.parse_args()
-    if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
-        parser.error(f"cannot write {args.json}: give a file in a directory that exists")
+    if args.json:
+        try:
+            check_writable(args.json)
+        except ValueError as error:
+            parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     found = {
@@ -692,22 +702,24 @@ def main():
         "commit": git_commit(),
     }
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    bandwidth, flops = limits = machine_limits(device, dtype)
-    found |= {"bandwidth": bandwidth, "flops": flops, "rows": []}
-    stopped = False
+    rows, status = [], 0
     try:
+        bandwidth, flops = limits = machine_limits(device, dtype)
+        print(f"{found['device']}: copies {bandwidth / 1e9:,.0f} GB/s, products {flops / 1e9:,.0f} GFLOP/s")
+        found |= {"bandwidth": bandwidth, "flops": flops, "rows": rows}
         for row in benchmark(device, dtype, args.shapes, limits):
-            found["rows"].append(row)
+            rows.append(row)
             if args.json:  # after every row: what is measured is not lost
                 write_json(args.json, found)
     except KeyboardInterrupt:
-        stopped = True
-        print("kernels.py: interrupted, here is what was measured", file=sys.stderr)
-    print(f"{found['device']}: copies {bandwidth / 1e9:,.0f} GB/s, products {flops / 1e9:,.0f} GFLOP/s")
+        status, why = 130, "interrupted"
+    except OSError as error:
+        status, why = 2, error
     print("Microseconds per call, in brackets the multiple of the floor.\n")
-    print(benchmark_table(found["rows"]))
-    if stopped:
-        sys.exit(130)
+    print(benchmark_table(rows))
+    if status:
+        print(f"kernels.py: {why}; the table has what was measured", file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

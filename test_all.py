@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -632,6 +633,15 @@ def test_kernel_triton_says_what_it_cannot_do(wrong, monkeypatch):
     assert kernels.pick_impl(inputs["k"], inputs["v"]) == "torch"
 
 
+def test_kernel_triton_needs_a_c_compiler(monkeypatch):
+    """On a GPU "auto" chooses kernels that cannot be called there, because no compiler builds what launches them."""
+    pytest.importorskip("triton")
+    on_a_gpu = SimpleNamespace(is_cuda=True, shape=(1, 5, 2, 16), dtype=torch.float32)
+    for there, impl in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(kernels, "HAS_C_COMPILER", there)
+        assert kernels.pick_impl(on_a_gpu, on_a_gpu) == impl
+
+
 def test_kernel_benchmark_measures_every_path(tmp_path, monkeypatch, capsys):
     """`python kernels.py` breaks, or its table misses an implementation."""
     monkeypatch.setattr(kernels, "SHAPES", {"small": (2, 5, 2, 16, 8)})
@@ -664,6 +674,11 @@ def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys)
     said = capsys.readouterr()
     assert "1,000,000 (2.0)" in said.out
     assert_one_line(said.err, "interrupted")
+    monkeypatch.setattr(data, "write_json", mock.Mock(side_effect=OSError("No space left on device")))
+    assert run_main(kernels.main, monkeypatch, ["--json", out]) == 2
+    said = capsys.readouterr()
+    assert "1,000,000 (2.0)" in said.out
+    assert_one_line(said.err, "No space left")
 
 
 @pytest.mark.parametrize("failure, said", ((AssertionError(), "AssertionError()"), (RuntimeError("a\nb"), "a")))
@@ -3244,14 +3259,20 @@ def test_train_speed_leaves_compiling_out(tmp_path):
 def test_train_workers_make_the_same_batches():
     """Batches from worker processes are other batches, in another order, or past the end of training.
 
-    Or a signal to the run's process group, as torchrun sends it, kills the workers first, and the run fails.
+    Or a signal to the run's process group, as torchrun sends it, kills the workers first, and the run fails, also
+    while they are starting. Or batches come in shared memory, of which a container may have less than they take.
     """
     config = config_of(RULE110, "--accumulate", "2", "--steps", "3")
     task, taken = train.build_task(vars(config)), []
     for workers in (0, 2):
         config.workers = workers
         batches = train.Batches(task, config)
+        batches.ahead[0] = batches._make(0)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
         taken.append([batches.get(step) for step in range(3)])
+        assert not any(a.is_shared() for micro, _ in taken[-1] for part in micro for a in part[:3])
         assert max(batches.ahead) == 2
         assert (batches.pool.submit(os.getpgrp).result() != os.getpgrp()) == (workers > 0)
         batches.close()

@@ -209,13 +209,13 @@ PRESETS = {
 # from a CUDA graph, and 256 micro-batches too many for one
 PRETRAINED_PRESETS = {
     "paper": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, batch=256, accumulate=256,
-                  steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12,
-                  checkpoint=True, cuda_graph=False),
+                  steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=25, test_n=1600,
+                  workers=12, checkpoint=True, cuda_graph=False),
     "sliding": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=512, evict="sliding", batch=256,
-                    accumulate=256, steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=1600, workers=12,
-                    checkpoint=True, cuda_graph=False),
+                    accumulate=256, steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=25, test_n=1600,
+                    workers=12, checkpoint=True, cuda_graph=False),
     "demo": dict(op=6, min_op=1, min_length=1025, max_length=1530, name_words=2, L=512, batch=64, accumulate=16,
-                 steps=500, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, test_n=512, workers=8,
+                 steps=500, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=100, test_n=512, workers=8,
                  checkpoint=True, cuda_graph=False),
 }  # fmt: skip
 
@@ -410,9 +410,16 @@ def task_of(step, config, task):
     return task.at(task.t * passes_of(step, config) // config.N) if config.grow else task
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
 def start_worker():
     """First act of a process that makes batches: no signal to the run's group stops it, but its parent's end does."""
     os.setsid()
+    for s in STOPS:  # what came while it was starting was for the run: to ignore it once drops it
+        signal.signal(s, signal.SIG_IGN)
+        signal.signal(s, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -422,10 +429,27 @@ def worker_pool(workers):
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
 
 
+@contextlib.contextmanager
+def starting_workers():
+    """A process that is started in here does not see Ctrl-C or SIGTERM until start_worker lets it."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def as_arrays(batch, *args):
+    """A task's batch() for another process: tensors would come back in shared memory, of which containers have little.
+
+    Returns its x, y and m as NumPy arrays, which a pipe carries.
+    """
+    return [a.numpy() for a in batch(*args)]
+
+
 class Batches:
     """The training batches from some step on, made ahead of time; with several ranks, this rank's rows.
 
-    Each item is (micro-batches, count): lists of (x, y, m, chunks), and the scored tokens of the whole global batch.
     config.workers: processes that make them, one batch each at a time; 0 for a thread, enough for numpy-only tasks.
     """
 
@@ -435,11 +459,14 @@ class Batches:
         self.ahead = {}
 
     def get(self, step):
-        """The batch of one step, on the device; the next ones start being made."""
+        """The batch of one step; the next ones start being made.
+
+        Returns its micro-batches, (x, y, m, chunks) each, on the device, and the scored tokens of the global batch.
+        """
         wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
         try:
             self.ahead = {s: self.ahead.get(s) or self._make(s) for s in wanted}
-            tensors = self.ahead[step].result()
+            tensors = [torch.from_numpy(a) for a in self.ahead[step].result()]
         except BrokenProcessPool:
             how = "use fewer --workers; --resume goes on if there is a checkpoint"
             raise ValueError(f"a worker died at step {step} (memory?): {how}") from None
@@ -453,7 +480,8 @@ class Batches:
 
     def _make(self, step):
         task = task_of(step, self.config, self.task)
-        return self.pool.submit(task.batch, self.config.seed, "train", step, self.config.batch)
+        with starting_workers():
+            return self.pool.submit(as_arrays, task.batch, self.config.seed, "train", step, self.config.batch)
 
     def close(self):
         """Stop making batches."""
@@ -693,7 +721,7 @@ class Interrupts:
 
     def __enter__(self):
         self.signum = None
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.old = {s: signal.signal(s, self._ask) for s in STOPS}
         return self
 
     def _ask(self, signum, frame):
@@ -742,7 +770,8 @@ def train_loop(trainer, batches, log, interrupts):
         log.add(step_fn(*batches.get(trainer.step)))
         step_fn = trainer.train_step
         minutes = (trainer.seconds - earlier + time.perf_counter() - started) / 60  # a resumed run has them anew
-        reason = interrupts.reason_to_stop(config.minutes and minutes > config.minutes, config.device)
+        time_is_up = trainer.rank == 0 and config.minutes and minutes > config.minutes  # others wait for its saving
+        reason = interrupts.reason_to_stop(time_is_up, config.device)
         last = reason or trainer.step == config.steps
         evaluating, saving = (trainer.step % n == 0 for n in (config.eval_every, config.save_every))
         if last or evaluating or saving or trainer.step % config.log_every == 0:
@@ -1256,15 +1285,17 @@ class PreparedProblems:
     def _make(self):
         size = np.dtype(np.uint16 if self.task.vocab_size <= 2**16 else np.uint32)
         pool = worker_pool(max(1, self.config.workers))
-        make = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
+        batch = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
         try:
+            with starting_workers():
+                made = pool.map(functools.partial(as_arrays, batch), range(self.batches))
             with whole_file(self.path, "wb") as f:
                 header = {"descr": size.str, "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_2_0(f, header)
-                for x, y, m in tqdm(pool.map(make, range(self.batches)), "problems", self.batches, disable=None):
-                    start = m.int().argmax(1)
-                    edges = torch.stack((start, start + m.sum(1)), 1)
-                    f.write(torch.cat((x, y[:, -1:], edges), 1).numpy().astype(size).tobytes())
+                for x, y, m in tqdm(made, "problems", self.batches, disable=None):
+                    start = m.argmax(1)
+                    edges = np.stack((start, start + m.sum(1)), 1)
+                    f.write(np.concatenate((x, y[:, -1:], edges), 1).astype(size).tobytes())
         except BrokenProcessPool:
             raise ValueError("a worker died while it made problems (memory?): use fewer --workers") from None
         finally:
@@ -1298,7 +1329,7 @@ def main():
     except NonFinite as error:
         message = f"{error}; an earlier checkpoint, if any, is kept: lower --muon-lr, --adam-lr or --N"
     except torch.OutOfMemoryError:
-        how = "add --checkpoint, raise --accumulate up to --batch, or lower --N or the length of the text"
+        how = "add --checkpoint or --no-cuda-graph, raise --accumulate up to --batch, or lower --N or the text's length"
         message = f"out of GPU memory: {how}"
     if message:
         print(f"train.py: {message}", file=sys.stderr)
