@@ -131,7 +131,7 @@ FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulat
 LATER_FLAGS = dict(
     evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False,
     init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
-    worked=False, ask="bit", grow=0.0,
+    worked=False, ask="bit", grow=0.0, pass_clip=0.0,
     pace=False,  # gone: named, so that runs from before and after are alike (grow, too, once had another meaning)
 )  # fmt: skip
 
@@ -235,6 +235,7 @@ def sleep_config(config):
         causal=config["sleep_attention"] == "causal",
         tol=config.get("tol", 0.0),
         reinject=config["reinject"],
+        pass_clip=config["pass_clip"],
     )
 
 
@@ -388,6 +389,7 @@ def comparison_table(columns, field="accuracy"):
 # several runs side by side
 
 NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is a difficulty: a line of the table, but see groups_of
+OF_LATER_PASSES = ("reinject", "pass_clip")  # flags that mean nothing with one pass
 
 
 def describe(config):
@@ -421,7 +423,7 @@ def groups_of(runs):
         if "start_from" in setting:  # the first stage's seed is no setting either
             setting["start_from"] = re.sub(r"-s\d+(?=/|$)", "", setting["start_from"])
         if setting["N"] == run["evaluated_N"] == setting["answer_passes"] == 1:
-            setting.pop("reinject")  # there is no second pass: it goes with either value
+            setting = {k: v for k, v in setting.items() if k not in OF_LATER_PASSES}  # there is none: any value will do
         whole = run["step"] == setting["steps"]
         setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
         setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
@@ -437,7 +439,7 @@ def groups_of(runs):
         groups[name].append(run)
     order = ("N", "evaluated N", "tol")
     flags = dict.fromkeys(k for setting in settings.values() for k in setting)
-    values = {k: {str(s.get(k)) for s in settings.values() if k in s or k != "reinject"} for k in flags}
+    values = {k: {str(s.get(k)) for s in settings.values() if k in s or k not in OF_LATER_PASSES} for k in flags}
     differ = [k for k in flags if len(values[k]) > 1]
     shown = [*order, *(k for k in differ if k not in order)]
     for name, (run, *others) in groups.items():
@@ -548,7 +550,7 @@ PAPER = {
 }
 AS_IN_THE_PAPER = dict(
     evict="hard", sleep_attention="causal", loop=None, reinject=False, answer_passes=1, random_N=False, grow=0.0,
-    start_from=None, learn="all",
+    start_from=None, learn="all", pass_clip=0.0,
 )  # fmt: skip
 PAPER_SETTING = {
     "rule110": {"width": 24, "strings": 4, "L": 24, "ask": "bit"} | AS_IN_THE_PAPER,

@@ -86,12 +86,15 @@ class SleepConfig:
     causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
     tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
     reinject: bool = False  # not in the paper: every later pass sees the embedded tokens again, added to the features
+    pass_clip: float = 0.0  # not in the paper: no pass gets more than this many times the last one's gradient; 0: any
 
     def __post_init__(self):
         if not 1 <= self.N <= 1000:
             raise ValueError(f"N must be 1 to 1000 passes, got {self.N}")
         if not 0 <= self.tol < math.inf:
             raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
+        if self.pass_clip and not 1 <= self.pass_clip < math.inf:
+            raise ValueError(f"pass_clip is a multiple of the last pass's gradient, 1 or more, got {self.pass_clip}")
         if self.tol and self.loop:
             raise ValueError("with tol any pass may be the last, so all blocks must be looped (no loop): leave tol out")
 
@@ -154,6 +157,23 @@ def next_input(model, h, embedded, config):
     return model.feed_back(h) + embedded if config.reinject else model.feed_back(h)
 
 
+def limit_gradient(x, limit, times):
+    """not in the paper: in the backward, scale each row's gradient of x (B, ...) down to `times` that of the last pass.
+
+    limit: a list, empty at first, for the same tensor of all passes over a window. The backward meets the last pass
+    first, whose gradient's norm is the measure of all. Through many passes it can grow a thousandfold otherwise.
+    """
+
+    def scale(grad):
+        norm = grad.flatten(1).norm(dim=1)  # (B,)
+        if not limit:
+            limit.append(times * norm)
+        factor = (limit[0] / norm.clamp_min(1e-30)).clamp(max=1)
+        return grad * factor.view(-1, *(1,) * (grad.dim() - 1))
+
+    x.register_hook(scale)
+
+
 def sleep_passes(model, h, state, config, use_checkpoint=False):
     """Lines 6 and 7: the N passes over one chunk, one by one; yields (features fed into the pass, state after it).
 
@@ -161,6 +181,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
     embedded, old = h, state
+    limits = [[] for _ in range(len(state) + 1)]  # for each block's S, and for the features
 
     def one_pass(n, h, *args):  # checkpointed as a whole: h is kept, what next_input makes of it is not
         fed_in = next_input(model, h, embedded, config) if n > 1 else h
@@ -178,6 +199,10 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
             fed_in, h, new = checkpoint(one_pass, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             fed_in, h, new = one_pass(*args)
+        if config.pass_clip and torch.is_grad_enabled():
+            for i, x in [*((i, new[i].S) for i in layers), (-1, h)]:
+                if x is not None and x.requires_grad:
+                    limit_gradient(x, limits[i], config.pass_clip)
         # a block that this pass left out keeps the cache of the pass that ran it
         state = [new[i] if i in layers else layer for i, layer in enumerate(state)]
         yield fed_in, state

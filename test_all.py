@@ -895,6 +895,53 @@ def test_sleep_reinject_adds_the_embedding_to_what_is_fed_back(eviction, N, loop
     assert error(run_algorithm1(*how), want) >= 1e-6
 
 
+@pytest.mark.parametrize("use_checkpoint", (False, True), ids=("stored", "recomputed"))
+@pytest.mark.parametrize("times", (1.0, 1.5, 1e9))
+@pytest.mark.parametrize("pattern", ("AD", "DAD"))
+def test_sleep_pass_clip_limits_each_row_of_each_pass(pattern, times, use_checkpoint):
+    """Gradients between passes are not those of backpropagation pass by pass, each scaled to the norm of the last.
+
+    Measured by a loss of the fast weights after four passes; the limit takes hold of some rows and not of others.
+    """
+    model, N, deltas = random_model(pattern), 4, [i for i, kind in enumerate(pattern) if kind == "D"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # so that gradients grow on their way back
+    embedded, weights = torch.randn(3, L, 16, dtype=torch.float64), list(model.parameters())
+    asked = {i: torch.randn(3, 2, 8, 8, dtype=torch.float64) for i in deltas}
+
+    h, config = embedded.clone().requires_grad_(), SleepConfig(N, pass_clip=times)
+    after = sleep(model, h, model.initial_state(), config, use_checkpoint)[0]
+    loss = sum((after[i].S * asked[i]).sum() for i in deltas)
+    got = torch.autograd.grad(loss, [h, *weights], allow_unused=True)
+
+    starts, ends, features, S = [], [], embedded, {i: torch.zeros(3, 2, 8, 8, dtype=torch.float64) for i in deltas}
+    for n in range(N):
+        start = [features.detach().requires_grad_(), *(S[i].detach().requires_grad_() for i in deltas)]
+        state = [LayerState(S=dict(zip(deltas, start[1:])).get(i)) for i in range(len(pattern))]
+        features, state = model.blocks(start[0], state)
+        S = {i: state[i].S for i in deltas}
+        starts.append(start)
+        ends.append([features, *S.values()])
+    back, limit, held = [torch.zeros_like(features), *asked.values()], [None] * (1 + len(deltas)), []
+    want = [torch.zeros_like(a) for a in weights]
+    for start, end in zip(reversed(starts), reversed(ends)):
+        for j, grad in enumerate(back):
+            norms = [float(row.norm()) for row in grad]
+            if limit[j] is None and any(norms):
+                limit[j] = [times * norm for norm in norms]
+            if limit[j] is not None:
+                held += [norm > most for norm, most in zip(norms, limit[j])]
+                back[j] = torch.stack([row * min(1, m / norm) for row, m, norm in zip(grad, limit[j], norms)])
+        found = torch.autograd.grad(end, [*start, *weights], back, allow_unused=True)
+        back = list(found[: len(start)])
+        want = [a if b is None else a + b for a, b in zip(want, found[len(start) :])]
+    assert error(got[0], back[0]) <= 1e-9
+    for a, b in zip(got[1:], want):
+        assert (a is None and not b.any()) or error(a, b) <= 1e-9
+    assert any(held) == (times < 1e9) and not all(held)
+
+
 @pytest.mark.parametrize("N", (1, 2))
 def test_sleep_answer_passes_loop_over_answers_only(N):
     """The baseline that loops while it answers: S leaks later answers into a pass, or sleeps are looped as well."""
@@ -3500,12 +3547,13 @@ def test_train_seed_draws_weights_and_problems():
 def test_train_flags_reach_the_model_and_its_sleep(tmp_path):
     """A flag is accepted, written to config.json, and does nothing."""
     flags = "--pattern DAD --loop 0:1 --evict sliding --sleep-attention full --reinject --answer-passes 3 --checkpoint "
+    flags += "--pass-clip 2.5 "
     flags += "--positions --conv 3 --n-kv-head 1 --d-mlp 20 --rope-theta 500 --out"
     config = config_of(RULE110, *flags.split(), tmp_path / "run", "--steps", 1)
     assert train.run(config) == 0
     algorithm, model = train.Trainer(config).plain_algorithm, evaluation.load_run(config.out, "cpu")[0]
     assert algorithm.use_checkpoint and algorithm.answer_passes == 3
-    assert algorithm.config == SleepConfig(2, (0, 1), keep=7, causal=False, reinject=True)
+    assert algorithm.config == SleepConfig(2, (0, 1), keep=7, causal=False, reinject=True, pass_clip=2.5)
     for c in (algorithm.model.config, model.config):
         assert (c.pattern, c.n_pos, c.conv, c.n_kv_head, c.d_mlp, c.rope_theta) == ("DAD", 8, 3, 1, 20, 500)
 
