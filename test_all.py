@@ -3083,6 +3083,7 @@ BAD_FLAGS = {
     "start from nowhere": ("--start-from nowhere", "nowhere"),
     "unknown eviction": ("--evict soft", "--evict"),
     "workers": ("--workers -1", "--workers"),
+    "pass clip": ("--pass-clip 0.5", "pass_clip"),
     "neither bit nor row": ("--ask rows", "--ask"),
     "nothing to grow": ("--grow 0.5", "--grow"),
     "more hops than can be said": ("--t 3", "--hops"),
