@@ -46,7 +46,7 @@ try:
 except ImportError:  # macOS, Windows: the kernels below are then never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
-# Triton needs one on the GPU's side, too: it calls its kernels through C
+# Triton launches its kernels from C that it compiles on first use
 HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 MAX_CHUNK = 64  # more tokens per chunk mean fewer sequential steps but C^2 work per token
