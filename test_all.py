@@ -659,7 +659,7 @@ def test_kernel_benchmark_measures_every_path(tmp_path, monkeypatch, capsys):
 
 
 def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    """A benchmark that is interrupted, or killed, after minutes leaves nothing."""
+    """A benchmark that is interrupted, killed, or out of disk after minutes leaves nothing, or finds out at the end."""
     out = tmp_path / "k.json"
 
     def rows(*how):
@@ -679,6 +679,8 @@ def test_kernel_benchmark_keeps_what_was_measured(tmp_path, monkeypatch, capsys)
     said = capsys.readouterr()
     assert "1,000,000 (2.0)" in said.out
     assert_one_line(said.err, "No space left")
+    assert run_main(kernels.main, monkeypatch, ["--json", tmp_path / "none" / "k.json"]) == 2
+    assert_one_line(capsys.readouterr().err, "directory that exists")
 
 
 @pytest.mark.parametrize("failure, said", ((AssertionError(), "AssertionError()"), (RuntimeError("a\nb"), "a")))

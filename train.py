@@ -771,7 +771,8 @@ def train_loop(trainer, batches, log, interrupts):
         log.add(step_fn(*batches.get(trainer.step)))
         step_fn = trainer.train_step
         minutes = (trainer.seconds - earlier + time.perf_counter() - started) / 60  # a resumed run has them anew
-        time_is_up = trainer.rank == 0 and config.minutes and minutes > config.minutes  # it alone knows
+        # rank 0 decides: on the others the clock also runs while they wait for its validations and checkpoints
+        time_is_up = trainer.rank == 0 and config.minutes and minutes > config.minutes
         reason = interrupts.reason_to_stop(time_is_up, config.device)
         last = reason or trainer.step == config.steps
         evaluating, saving = (trainer.step % n == 0 for n in (config.eval_every, config.save_every))
