@@ -37,6 +37,7 @@ Read next: kernels.py
 """
 
 import argparse
+import collections
 import contextlib
 import itertools
 import json
@@ -126,8 +127,6 @@ def bracket(task, x, y, m):
 # -----------------------------------------------------------------------------
 # Rule 110: remember strings, then compute on them
 
-ASKED = ("bit", "row")
-
 
 def rule110_step(state, width):
     """One step of Rule 110 on a ring. state: uint64 array, cell i of a string is bit i -> the same shape."""
@@ -178,8 +177,8 @@ class Rule110:
             raise ValueError(f"--t is {t}: use 0 (recall) to 100,000 steps")
         if strings < 1:
             raise ValueError(f"--strings is {strings}: use 1 or more")
-        if ask not in ASKED:
-            raise ValueError(f"--ask is {ask}: use {' or '.join(ASKED)}")
+        if ask not in ("bit", "row"):
+            raise ValueError(f"--ask is {ask}: use bit or row")
         if ask == "row" and strings > len(ascii_uppercase):
             raise ValueError(f"--strings is {strings}: with --ask row use at most {len(ascii_uppercase)}")
         self.width, self.t, self.strings, self.ask = width, t, strings, ask
@@ -524,14 +523,13 @@ class Depo:
             return {f"hops {self.t}": values}
         row, col = np.nonzero(self._queries(x))
         k = x[row, col] - self.query
-        hops = range(1, self.farthest + 1)
-        of_all = {f"hops {i}": values[k == i] for i in hops}
+        of_all = {f"hops {i}": values[k == i] for i in np.unique(k)}
         if self.t is not None:
             return of_all
         # a later query can find edges of the cycle in the answers before it; a row's first query cannot
         first = np.ones(len(row), dtype=bool)
         first[1:] = row[1:] != row[:-1]
-        return of_all | {f"first hops {i}": values[first & (k == i)] for i in hops}
+        return of_all | {f"first hops {i}": values[first & (k == i)] for i in np.unique(k[first])}
 
     def _query_of(self, x):
         """The query each position belongs to, counted through the batch, and how many there are. x: (B, T) array."""
@@ -540,7 +538,7 @@ class Depo:
 
     def score(self, x, y, m, pred):
         """
-        All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for all k up to the farthest, and without
+        All four (B, T) -> dict of bool arrays, one entry per query: "hops k" for every k that is asked for, and without
         t "first hops k" for each row's first query only. Right means every token of the answer's name; <answer> itself
         does not count.
         """
@@ -551,7 +549,7 @@ class Depo:
 
     def losses(self, x, y, m, ce):
         """
-        The same keys as score -> means of the cross-entropies ce (B, T), in nats; nan if empty. "loss" is per token of
+        The same keys as score -> means of the cross-entropies ce (B, T), in nats. "loss" is per token of
         the answers' names; "scored_loss" is per scored token, so it counts the easy <answer> in and is the lower one
         (with t, where there is no <answer>, they are the same).
         """
@@ -562,13 +560,12 @@ class Depo:
             total = self._by_hops(x, np.bincount(query[where], weights=ce[where], minlength=Q))
             count = self._by_hops(x, np.bincount(query[where], minlength=Q))
             for key, tokens in count.items():
-                mean = float(total[key].sum() / tokens.sum()) if len(tokens) else math.nan
-                means.setdefault(key, {})[kind] = mean
+                means.setdefault(key, {})[kind] = float(total[key].sum() / tokens.sum())
         return means
 
     def chance(self, x, y, m):
-        """The same keys as score -> accuracy of guessing among the nodes that can be asked for, of the commonest
-        answer; nan if empty.
+        """The same keys as score -> accuracy of guessing among the nodes that can be asked for, and of the commonest
+        answer.
         """
         x, y, m = as_arrays(x, y, m)
         row, answer = read_names(np.where(m, y, self.pad))  # (Q,)
@@ -577,9 +574,8 @@ class Depo:
         levels = {}
         for key, q in self._by_hops(x, np.arange(len(row))).items():
             others = n[row[q]] - (int(key.split()[-1]) % n[row[q]] != 0)  # k steps on is the start itself, or never is
-            uniform = float((1 / others).mean()) if len(q) else math.nan
-            majority = float(np.bincount(answer[q]).max() / len(q)) if len(q) else math.nan
-            levels[key] = {"uniform": uniform, "majority": majority}
+            majority = np.bincount(answer[q]).max() / len(q)
+            levels[key] = {"uniform": float((1 / others).mean()), "majority": float(majority)}
         return levels
 
     def explain(self, x, y, m):
@@ -672,13 +668,6 @@ def digits(value):
 
 
 LITERALS = [digits(k) for k in range(LARGEST_LITERAL + 1)]
-
-
-def numbers_in(ids):
-    """The numbers that stand in a text before its solution or answer, a list of int. ids: a list of int."""
-    text = itertools.takewhile(lambda token: token not in (ANSWER, SOLUTION), ids)
-    runs = itertools.groupby(text, lambda token: ZERO <= token < ZERO + 10)
-    return [number(run) for is_digit, run in runs if is_digit]
 
 
 class Dice:
@@ -941,16 +930,20 @@ def hash_sentences(sentences):
 # reading: everything below works on tokens alone
 
 
-class Fact:
-    """What a sentence says of a parameter: operation, k, joined, refs as in Node, but refs are names (tuples)."""
-
-    def __init__(self, operation, k, joined, refs):
-        self.operation, self.k, self.joined, self.refs = operation, k, joined, refs
+# what a sentence says of a parameter: as in Node, but refs are names (tuples)
+Fact = collections.namedtuple("Fact", "operation k joined refs")
 
 
 def number(tokens):
     """The tokens of digits -> int."""
     return int("".join(str(t - ZERO) for t in tokens))
+
+
+def numbers_in(ids):
+    """The numbers that stand in a text before its solution or answer, a list of int. ids: a list of int."""
+    text = itertools.takewhile(lambda token: token not in (ANSWER, SOLUTION), ids)
+    runs = itertools.groupby(text, lambda token: ZERO <= token < ZERO + 10)
+    return [number(run) for is_digit, run in runs if is_digit]
 
 
 def read_rhs(rhs):
@@ -1026,17 +1019,12 @@ class Reading:
         words = {name: IS if fact.operation == "unknown" else EQUALS for name, fact in self.needed.items()}
         return [[*n, words[n], *self.lines[n], DOT] for n in self.needed if n in self.lines]
 
-    def parameters(self):
-        """How many named parameters the question depends on."""
-        return len(self.needed)
-
-    def operations(self):
-        """How many binary operations these parameters' definitions hold."""
-        return sum(operations_of(fact) for fact in self.needed.values())
-
-    def depth(self):
-        """The number of parameters on the longest chain of references."""
-        return max(self.depths.values())
+    def measures(self):
+        """What the question depends on, counted: a dict of int, as in GSMInfinite.measures."""
+        parameters, operations = len(self.needed), sum(map(operations_of, self.needed.values()))
+        counts = {"op": parameters + operations, "parameters": parameters, "operations": operations}
+        counts |= {"depth": max(self.depths.values()), "reverse": int(self.given is not None)}
+        return counts | {"hard": int(any(name[1] == ID["average"] for name in self.needed))}
 
     def solve(self):
         """Returns (answer, lines of the worked solution, each a list of token ids)."""
@@ -1116,7 +1104,7 @@ class Problem:
         self.plan = draw_plan(dice, op, hard)
         root = self.plan.nodes[0]
         self.leaf = self._hide() if reverse else None
-        self.possible = not reverse or self.leaf is not None
+        self.impossible = reverse and not self.leaf
         self.answer = self.leaf.value if self.leaf else root.value
 
     def _hide(self):
@@ -1129,7 +1117,9 @@ class Problem:
         return leaf if small and forms[root][0] and forms[root] != (1, 0) else None
 
     def name(self, names):
-        """Give the question its words; returns the hash of its sentences."""
+        """Give the question its words; returns the hash of its sentences, or None where that cannot be done."""
+        if self.impossible:
+            return None
         names.taken = 0  # by an earlier problem that was rejected
         self.names, self.world = names, World(self.dice, names)
         if not self.world.settle(self.plan):
@@ -1295,7 +1285,7 @@ class GSMInfinite:
             raise ValueError(f"--mode reverse needs --min-op {REVERSE_FROM} or more, not {low}: raise it or use both")
         if self.difficulty == "hard" and low < AVERAGES_FROM:
             raise ValueError(f"--difficulty hard needs --min-op {AVERAGES_FROM} or more, not {low}: or use both")
-        if self.min_length < (needs := self.shortest(self.op)):
+        if self.min_length < (needs := self.shortest()):
             raise ValueError(f"--min-length is {self.min_length}: problems of op {self.op} can need {needs} tokens")
         if not self.min_length <= self.max_length <= self.longest():
             text = f"use {self.min_length} (--min-length) to {self.longest()}"
@@ -1305,12 +1295,12 @@ class GSMInfinite:
                 f"--L is {self.L}: use 1 to {self.min_length - 1}, the answer must lie behind the first window"
             )
 
-    def shortest(self, op):
-        """A length, int, into which every problem of some op fits."""
-        name = 4 + 2 * self.name_words + (self.difficulty != "medium" and op >= AVERAGES_FROM)
+    def shortest(self):
+        """A length, int, into which every problem fits."""
+        name = 4 + 2 * self.name_words + (self.difficulty != "medium" and self.op >= AVERAGES_FROM)
         # the longest are chains: every parameter is mentioned and defined once; last, a constant of two digits
-        forward = op * (2 * name + 2) + 6
-        return forward if self.mode == "forward" or op < REVERSE_FROM else forward + name + 6
+        forward = self.op * (2 * name + 2) + 6
+        return forward if self.mode == "forward" or self.op < REVERSE_FROM else forward + name + 6
 
     def longest(self):
         """The largest length, int, for which there are enough names."""
@@ -1336,7 +1326,7 @@ class GSMInfinite:
             names = Names(dice, length, self.name_words)
             for _ in range(20_000):
                 problem = Problem(dice, op, hard, reverse)
-                h = problem.name(names) if problem.possible else None
+                h = problem.name(names)
                 if h is not None and h not in seen and in_split(h, split):
                     break
             else:
@@ -1368,16 +1358,12 @@ class GSMInfinite:
 
     def measures(self, x):
         """
-        What the problems of x (B, T) ask for, read from the tokens: dict of int64 arrays (B,), "op", "parameters",
-        "operations", "depth" (parameters on the longest chain), "reverse" and "hard" (0 or 1).
+        What the problems of x (B, T) ask for, read from the tokens: dict of int64 arrays (B,). "parameters" that the
+        question depends on, binary "operations" in their definitions, "op", their sum, "depth" (parameters on the
+        longest chain of references), "reverse" and "hard" (0 or 1).
         """
-        rows = []
-        for row in x:
-            r = self._read(row)
-            counts = r.parameters() + r.operations(), r.parameters(), r.operations(), r.depth()
-            rows.append((*counts, r.given is not None, any(name[1] == ID["average"] for name in r.needed)))
-        names = ("op", "parameters", "operations", "depth", "reverse", "hard")
-        return dict(zip(names, np.array(rows, dtype=np.int64).reshape(-1, 6).T))
+        rows = [self._read(row).measures() for row in x]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     def decode(self, ids):
         """Token ids (any 1-d sequence) -> str: words with spaces between them, the digits of a number without."""
@@ -1395,7 +1381,7 @@ class GSMInfinite:
 
     def by_op(self, op, values):
         """Sort one value per row by op. op, values: (B,) arrays -> dict of arrays."""
-        return {f"op {i}": values[op == i] for i in range(self.min_op, self.op + 1)}
+        return {f"op {i}": values[op == i] for i in np.unique(op)}
 
     def _answers(self, x, y, m):
         """Where the answer's digits and <end> are predicted, bool (B, T), and the answers, int64 (B,)."""
@@ -1412,18 +1398,18 @@ class GSMInfinite:
         return self.by_op(self.measures(x)["op"], ~(m & (pred != y)).any(1).cpu().numpy())
 
     def losses(self, x, y, m, ce):
-        """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
+        """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}."""
         return self.mean_losses(x, self._answers(x, y, m)[0], ce.cpu().numpy())
 
     def mean_losses(self, x, part, ce):
         """The mean of ce where `part`, arrays (B, T'), for each op of the problems x, as in losses."""
         op = self.measures(x)["op"]
         total, count = self.by_op(op, np.where(part, ce, 0).sum(axis=1)), self.by_op(op, part.sum(axis=1))
-        return {k: {"loss": float(total[k].sum() / count[k].sum()) if len(count[k]) else math.nan} for k in total}
+        return {key: {"loss": float(total[key].sum() / count[key].sum())} for key in total}
 
     def chance(self, x, y, m):
         """The same keys as score -> accuracy of guessing uniformly among the integers that an answer can be (1..99 or
-        1..9999), of the commonest answer of that op, and of a number of the text at random; nan if empty.
+        1..9999), of the commonest answer of that op, and of a number of the text at random.
         """
         labels = self._answers(x, y, m)[1]
         written = [numbers_in(row) for row in x.tolist()]
@@ -1434,11 +1420,10 @@ class GSMInfinite:
         guess = self.by_op(op, np.where(literal, 1 / LARGEST_LITERAL, 1 / LARGEST_VALUE))
         levels = {}
         for key, answers in self.by_op(op, labels).items():
-            some = len(answers) > 0
             levels[key] = {
-                "uniform": float(guess[key].mean()) if some else math.nan,
-                "majority": float(np.bincount(answers).max() / len(answers)) if some else math.nan,
-                "literal": float(copied[key].mean()) if some else math.nan,
+                "uniform": float(guess[key].mean()),
+                "majority": float(np.bincount(answers).max() / len(answers)),
+                "literal": float(copied[key].mean()),
             }
         return levels
 
@@ -1446,8 +1431,9 @@ class GSMInfinite:
         """One example, x, y, m (T,), as lines for a person: the text, what matters in it, the way to the answer."""
         reading = self._read(x)
         answer, solution = reading.solve()
-        counts = f"{reading.parameters()} parameters + {reading.operations()} operations"
-        lines = [f"  op {reading.parameters() + reading.operations()} = {counts}, depth {reading.depth()}"]
+        n = reading.measures()
+        counts = f"{n['parameters']} parameters + {n['operations']} operations"
+        lines = [f"  op {n['op']} = {counts}, depth {n['depth']}"]
         end = int(m.nonzero()[0]) + 1
         lines += textwrap.wrap(self.plain_text(x[:end].tolist()), 110, initial_indent="  ", subsequent_indent="  ")
         lines += ["  needed:"] + ["    " + self.plain_text(tokens) for tokens in reading.sentences()]
@@ -1569,7 +1555,7 @@ class GSMText:
         return self.ours.by_op(op, ~(m & (pred != y)).any(1).cpu().numpy())
 
     def losses(self, x, y, m, ce):
-        """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}; nan if empty."""
+        """The same keys as score -> {"loss": mean of ce (B, T) over the answer's tokens, in nats}."""
         return self.ours.mean_losses(self.in_our_tokens(x, y, m)[0], *as_arrays(m, ce))
 
     def chance(self, x, y, m):
@@ -1634,16 +1620,20 @@ def read_json(path, how):
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="w"):
-    """A file to write under a temporary name, renamed at the end: a crash leaves the old one whole."""
-    with open(path + ".tmp", mode) as f:
-        yield f
-    os.replace(path + ".tmp", path)
+def whole_file(path):
+    """A temporary name to write under, renamed at the end: a crash or a full disk leaves the old file whole."""
+    try:
+        yield path + ".tmp"
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise
 
 
 def write_json(path, content):
     """Write JSON to a whole_file."""
-    with whole_file(path) as f:
+    with whole_file(path) as name, open(name, "w") as f:
         json.dump(content, f, indent=1)
         f.write("\n")
 

@@ -283,14 +283,13 @@ def summarise(task, x, y, m, pred, ce, passes):
     What `predict` returned -> {"rows", "loss", "examples", "passes"}, ready for JSON.
 
     rows: per difficulty (a key of task.score) accuracy, n (questions), stderr = sqrt(p(1-p)/n), and what task.chance
-    and task.losses say of it. A difficulty nobody asked for has no row.
+    and task.losses say of it.
     loss: mean cross-entropy per scored token, in nats. passes: per sleep, mean.
     """
     chance, losses, rows = task.chance(x, y, m), task.losses(x, y, m, ce), {}
     for key, right in task.score(x, y, m, pred).items():
-        if n := len(right):
-            p = float(right.mean())
-            rows[key] = {"accuracy": p, "n": n, "stderr": math.sqrt(p * (1 - p) / n)} | chance[key] | losses[key]
+        p, n = float(right.mean()), len(right)
+        rows[key] = {"accuracy": p, "n": n, "stderr": math.sqrt(p * (1 - p) / n)} | chance[key] | losses[key]
     return {"rows": rows, "loss": float(ce[m].mean()), "examples": len(x), "passes": float(passes.mean())}
 
 
@@ -351,8 +350,12 @@ def ordered_keys(columns):
     return sorted(keys, key=lambda key: (kinds.index(re.sub(r"\d+", "", key)), int((re.search(r"\d+", key) or "0")[0])))
 
 
-def cell(rows, field, scale, digits):
-    """One number of a table from the rows of one difficulty, a list over seeds; empty if there are none."""
+def cell(rows, field="accuracy"):
+    """One number of a table from the rows of one difficulty, a list over seeds; empty if there are none.
+
+    field: "accuracy", in percent, or one of the losses, in nats.
+    """
+    scale, digits = (100, 1) if field == "accuracy" else (1, 3)
     values = [scale * row[field] for row in rows]
     if not values:
         return ""
@@ -364,7 +367,7 @@ def cell(rows, field, scale, digits):
 
 def as_markdown(table):
     """Lists of cells, the header and the line of dashes first, as the text of a Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in table)
 
 
 def comparison_table(columns, field="accuracy"):
@@ -372,16 +375,15 @@ def comparison_table(columns, field="accuracy"):
     Markdown, one line per difficulty. columns: header -> list over seeds of rows as in `evaluate`.
     field "accuracy", in percent and beside the chance levels, or one of the losses, in nats.
     """
-    percent = field == "accuracy"
-    scale, digits = (100, 1) if percent else (1, 3)
     every = [row for runs in columns.values() for rows in runs for row in rows.values()]
-    floors = [floor for floor in ("uniform", "majority", "literal") if percent and every and floor in every[0]]
+    levels = ("uniform", "majority", "literal") if field == "accuracy" else ()
+    floors = [floor for floor in levels if every and floor in every[0]]
     table = [["", "n", *floors, *columns], ["---", *["--:"] * (1 + len(floors) + len(columns))]]
     for key in ordered_keys(columns):
         found = {header: [rows[key] for rows in runs if key in rows] for header, runs in columns.items()}
         one = next(rows[0] for rows in found.values() if rows)  # the labels, hence the floors, are the same for all
-        line = [key, str(one["n"]), *(f"{100 * one[floor]:.1f}" for floor in floors)]
-        table.append(line + [cell(rows, field, scale, digits) for rows in found.values()])
+        line = [key, one["n"], *(f"{100 * one[floor]:.1f}" for floor in floors)]
+        table.append(line + [cell(rows, field) for rows in found.values()])
     return as_markdown(table)
 
 
@@ -481,7 +483,7 @@ def budget_table(runs):
         flops = [run.get("flops") or run["flops_per_step"] and run["flops_per_step"] * run["step"] for run in group]
         line = [*("" if setting[k] is None else str(setting[k]) for k in shown), f"{group[0]['n_params']:,}"]
         line += [mean_known([run["tokens"] for run in group], 1e6), mean_known(flops, 1e12)]
-        table.append(line + [cell([rows[k] for rows in found if k in rows], "accuracy", 100, 1) for k in keys])
+        table.append(line + [cell([rows[k] for rows in found if k in rows]) for k in keys])
     rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
     for floor in ("uniform", "majority", "literal"):
         if all(floor in row for row in rows.values()):
@@ -501,12 +503,13 @@ def report(columns, args):
     """The text that ends on the screen: heading, runs, accuracy, and the losses for Depo."""
     config = next(iter(columns.values()))[0]["config"]
     lines = [f"{describe(config)}: {args.n} {args.split} problems, seed {args.seed}\n"]
-    lines += ["| run | trained N | evaluated N | tol | passes | steps | seed | loss |", "|---|" + "--:|" * 7]
+    header = ["run", "trained N", "evaluated N", "tol", "passes", "steps", "seed", "loss"]
+    table = [header, ["---", *["--:"] * 7]]
     for run in (run for runs in columns.values() for run in runs):
         at_t = "" if run["evaluated_t"] == run["config"].get("t") else f", t={run['evaluated_t']}"
         numbers = [run["config"]["N"], run["evaluated_N"], str(run["tol"]), f"{run['passes']:.2f}", run["step"]]
-        numbers += [run["config"]["seed"], f"{run['loss']:.3f}"]
-        lines.append(f"| {run['path']}{at_t} | " + " | ".join(str(number) for number in numbers) + " |")
+        table.append([run["path"] + at_t, *numbers, run["config"]["seed"], f"{run['loss']:.3f}"])
+    lines.append(as_markdown(table))
     rows = {header: [run["rows"] for run in runs] for header, runs in columns.items()}
     lines += ["\nAccuracy in percent; ± and (seeds): mean and standard deviation over seeds; se: standard error.\n"]
     lines.append(comparison_table(rows))
@@ -548,13 +551,10 @@ PAPER = {
         4: ((1, 2, 4, 8, 16), (0.22, 0.43, 0.79, 1.16, 1.46)),
     },
 }
-AS_IN_THE_PAPER = dict(
-    evict="hard", sleep_attention="causal", loop=None, reinject=False, answer_passes=1, random_N=False, grow=0.0,
-    start_from=None, learn="all", pass_clip=0.0,
-)  # fmt: skip
-PAPER_SETTING = {
-    "rule110": {"width": 24, "strings": 4, "L": 24, "ask": "bit"} | AS_IN_THE_PAPER,
-    "depo": {"nodes": 75, "min_nodes": 3, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75} | AS_IN_THE_PAPER,
+# none of GSM-Infinite: there the paper starts from pretrained models
+PAPER_SIZES = {
+    "rule110": {"width": 24, "strings": 4, "L": 24},
+    "depo": {"nodes": 75, "min_nodes": 3, "hops": 16, "queries": 10, "name_tokens": 2, "L": 75},
 }
 
 COLOURS = {1: "#6b7280", 2: "#0072b2", 3: "#009e73", 4: "#d55e00", 6: "#cc79a7", 8: "#e69f00"}
@@ -574,17 +574,15 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def is_paper_setting(config):
-    """Whether a run's task has the sizes of the paper, and is read and answered as there."""
-    setting = PAPER_SETTING.get(config["task"])  # none of GSM-Infinite: the paper starts from pretrained models there
-    return setting is not None and all(config[key] == value for key, value in setting.items())
-
-
 def paper_points(run):
-    """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting."""
+    """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting.
+
+    That has the paper's sizes, and neither a flag that is not in the paper nor other passes than in training.
+    """
     config = run["config"]
+    setting = PAPER_SIZES.get(config["task"], {}) | LATER_FLAGS | {"loop": None}
     as_trained = (run["evaluated_N"], run["evaluated_t"], run["tol"]) == (config["N"], config.get("t"), 0)
-    if not is_paper_setting(config) or not as_trained:
+    if config["task"] not in PAPER_SIZES or not as_trained or not setting.items() <= config.items():
         return None
     return PAPER[config["task"]].get((config["t"], config["N"]) if config["task"] == "rule110" else config["N"])
 
@@ -763,8 +761,8 @@ def plot(columns, path, problems):
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
-    with whole_file(path, "wb") as f:
-        figure.savefig(f, dpi=150, format="png")
+    with whole_file(path) as name:
+        figure.savefig(name, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -859,16 +857,26 @@ def cost_table(rows):
     """The rows of measure_cost and their slopes, as Markdown."""
     names = list(rows[0]["ms"])
     header = ["N", "tokens seen", *names, "memory", "cache if kept"]
-    lines = [f"| {' | '.join(header)} |", "|" + "--:|" * len(header)]
+    table = [header, ["--:"] * len(header)]
     for row in rows:
         times = (f"{mid:.2f} ({low:.2f}-{high:.2f})" for low, mid, high in (row["ms"][name] for name in names))
         sizes = (f"{row[key] / 1024:,.0f} KiB" for key in ("state_bytes", "cache_bytes"))
-        lines.append(f"| {row['N']} | {row['tokens']:,} | " + " | ".join((*times, *sizes)) + " |")
+        table.append([row["N"], f"{row['tokens']:,}", *times, *sizes])
     found = [slopes(rows, name) for name in names]
     for what in found[0]:
-        text = " | ".join("{:+.3f} ± {:.3f}".format(*each[what]) for each in found)
-        lines.append(f"| {what} | | {text} | | |")
-    return "\n".join(lines)
+        table.append([what, "", *("{:+.3f} ± {:.3f}".format(*each[what]) for each in found), "", ""])
+    return as_markdown(table)
+
+
+def machine_of(args):
+    """What a results file says about the machine."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    return {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
+
+
+def problems_of(args):
+    """What a results file says about the problems."""
+    return {"split": args.split, "n": args.n, "seed": args.seed}
 
 
 def report_cost(args, loaded):
@@ -879,14 +887,12 @@ def report_cost(args, loaded):
     if config["L"] < 2 or config["answer_passes"] > 1:
         raise ValueError("--cost times windows of 2 tokens or more that are answered in one pass: this run has others")
     Ns = list(dict.fromkeys(args.N or sorted({1, 2, 4, config["N"]})))
-    for N in Ns:
-        algorithm_of(model, config | {"N": N})
     rows = measure_cost(model, config, Ns, args.tokens, args.device)
     print(f"{args.runs[0]}: milliseconds for a batch of one, median (quartiles); a window is {config['L']} tokens\n")
     print(cost_table(rows))
     if args.json:
         found = {name: slopes(rows, name) for name in rows[0]["ms"]}
-        about = {"run": args.runs[0], "config": config, "commit": git_commit()} | where(args)
+        about = {"run": args.runs[0], "config": config, "commit": git_commit()} | machine_of(args)
         write_json(args.json, about | {"rows": rows, "slopes": found})
 
 
@@ -1003,15 +1009,16 @@ def probe_panels(results):
 
 def probe_table(results):
     """The panels as Markdown; beside what the probe finds, what the commonest class would score."""
-    lines = []
+    tables = []
     for title, rows, columns, values in probe_panels(results):
         floors = results[0]["floor"] if "probe" in title else {}
         header = [f"{title}, after pass", *columns, *(["commonest"] if floors else [])]
-        lines += ["", f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+        table = [header, ["---", *["--:"] * (len(header) - 1)]]
         for row, line in zip(rows, values):
-            cells = [f"{value:.1f}" for value in line] + ([f"{100 * floors[row]:.1f}"] if floors else [])
-            lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines[1:])
+            floor = [f"{100 * floors[row]:.1f}"] if floors else []
+            table.append([row, *(f"{value:.1f}" for value in line), *floor])
+        tables.append(as_markdown(table))
+    return "\n\n".join(tables)
 
 
 def plot_probe(results, path):
@@ -1032,8 +1039,8 @@ def plot_probe(results, path):
     config = results[0]["config"]
     Ns = f"trained with N={config['N']}, probed with N={results[0]['evaluated_N']}"
     figure.suptitle(f"{describe(config)}; {Ns}; {len(results)} seed(s)", fontsize=10)
-    with whole_file(path, "wb") as f:
-        figure.savefig(f, dpi=150, format="png")
+    with whole_file(path) as name:
+        figure.savefig(name, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -1054,7 +1061,7 @@ def report_probe(args, loaded):
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
     print(probe_table(results))
     if args.json:
-        about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | which_problems(args) | where(args)
+        about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | problems_of(args) | machine_of(args)
         write_json(args.json, about | {"runs": results})
     if args.plot:
         plot_probe(results, args.plot)
@@ -1195,7 +1202,7 @@ def other_table(saved):
 
 def with_defaults(run, rows):
     """A run of a results file, also of an older one, with only the difficulties that start with one of `rows`."""
-    run = {"tol": 0.0, "curve": {"tokens": [], "accuracy": []}} | run
+    run = {"curve": {"tokens": [], "accuracy": []}} | run
     kept = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
     return {"evaluated_t": run["config"].get("t")} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
 
@@ -1266,7 +1273,7 @@ def report_tables(args):
             print(results_table(path, args.rows, args.budget, args.plot))
             continue
         text = renewed_tables(path)
-        with whole_file(path) as f:
+        with whole_file(path) as name, open(name, "w") as f:
             f.write(text)
 
 
@@ -1384,20 +1391,9 @@ def compare(args, loaded):
         score_run(run, one, args)
     print(report(columns, args))
     if args.json:
-        write_json(args.json, which_problems(args) | where(args) | {"runs": runs})
+        write_json(args.json, problems_of(args) | machine_of(args) | {"runs": runs})
     if args.plot:
         plot(columns, args.plot, f"{args.n} {args.split} problems")
-
-
-def where(args):
-    """What a results file says about the machine."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    return {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
-
-
-def which_problems(args):
-    """What a results file says about the problems."""
-    return {"split": args.split, "n": args.n, "seed": args.seed}
 
 
 def main():

@@ -127,7 +127,7 @@ def _chunked(q, k, v, g, beta, S):
     T = k.shape[1]
     n = -(-T // MAX_CHUNK)
     C = -(-T // n)  # equal chunks: T = 75 is 2 x 38, not 64 + 11
-    k, v, g, beta = (_split_chunks(a, n, C) for a in (k, v, g, beta))  # (B, H, n, C, ...)
+    k, v, g, beta = (_in_chunks(a, n, C) for a in (k, v, g, beta))  # (B, H, n, C, ...)
     gc = g.cumsum(-1)  # (B, H, n, C)
     causal = torch.ones(C, C, dtype=torch.bool, device=k.device).tril()
     # mask the exponent, never the result: exp(gc_i - gc_j) overflows above the diagonal when the decay is hard
@@ -139,7 +139,7 @@ def _chunked(q, k, v, g, beta, S):
     write_key = k * (gc[..., -1:] - gc).exp()[..., None]  # k_i decayed to the end of the chunk
     total = gc[..., -1, None, None].exp()  # decay of S over the whole chunk
     if q is not None:
-        q = _split_chunks(q, n, C)
+        q = _in_chunks(q, n, C)
         attention = q @ k.mT * decay  # (B, H, n, C, C)
         q = q * gc.exp()[..., None]
     outputs = []
@@ -151,7 +151,7 @@ def _chunked(q, k, v, g, beta, S):
     return (torch.cat(outputs, 2)[:, :, :T].transpose(1, 2) if outputs else None), S
 
 
-def _split_chunks(a, n, C):
+def _in_chunks(a, n, C):
     """(B, T, H, ...) -> (B, H, n, C, ...). Tokens past T are zeros: no key, no write, no decay, so exact no-ops."""
     a = F.pad(a, (0, 0) * (a.dim() - 2) + (0, n * C - a.shape[1]))
     return a.unflatten(1, (n, C)).movedim(3, 1)

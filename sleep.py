@@ -459,11 +459,10 @@ class Sleeper:
             sleeper.window, sleeper.state = saved["window"], [LayerState(*layer) for layer in saved["state"]]
             sleeper._check(saved["window"])
             # a full window was saved when its sleep was interrupted
-            whole = len(sleeper.state) == len(model.layers) and sleeper.window.shape[1] <= sleeper.L
+            if len(sleeper.state) != len(model.layers) or sleeper.window.shape[1] > sleeper.L:
+                raise ValueError
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path} is incomplete or damaged: make the memory anew")
+            raise ValueError(f"{path} is incomplete or damaged: make the memory anew") from None
         return sleeper
 
 

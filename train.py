@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import ASKED, EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, read_json, whole_file, write_json
+from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, read_json, whole_file, write_json
 from eval import (
     FREE,
     LATER_FLAGS,
@@ -92,7 +92,7 @@ class Config:
     width: int = flag(None, "rule110: bits per string")
     t: int = flag(None, "rule110: steps of the automaton; depo, one-token names only: see --hops")
     strings: int = flag(None, "rule110: strings per problem")
-    ask: str = flag("bit", "rule110: for each string's first bit, as in the paper, or for its whole row")
+    ask: str = flag("bit", "rule110: bit, each string's first bit, as in the paper, or row, all of its bits")
     nodes: int = flag(None, "depo: nodes on the longest cycle; the held-out cycles all have this length")
     hops: int = flag(None, "depo: asks for 1 to hops, and says which; with --t for 1 to t, or by default for t alone")
     queries: int = flag(None, "depo: questions per problem")
@@ -162,7 +162,6 @@ class Config:
 
 CHOICES = {
     "task": TASKS,
-    "ask": ASKED,
     "init_from": tuple(PRETRAINED),
     "evict": EVICTIONS,
     "sleep_attention": ("causal", "full"),
@@ -208,16 +207,16 @@ PRESETS = {
 # with --init-from; lengths are the tokenizer's tokens
 # not in the paper: the number of steps (here about a GPU-day), lengths for L=512. Their kernels are too large to gain
 # from a CUDA graph, and 256 micro-batches too many for one
+PUBLIC_PAPER = dict(
+    op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, batch=256, accumulate=256, steps=1000,
+    muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=25, test_n=1600, workers=12, checkpoint=True,
+    cuda_graph=False,
+)  # fmt: skip
 PRETRAINED_PRESETS = {
-    "paper": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=2000, batch=256, accumulate=256,
-                  steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=25, test_n=1600,
-                  workers=12, checkpoint=True, cuda_graph=False),
-    "sliding": dict(op=8, min_op=1, min_length=2001, max_length=3300, name_words=2, L=512, evict="sliding", batch=256,
-                    accumulate=256, steps=1000, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=25, test_n=1600,
-                    workers=12, checkpoint=True, cuda_graph=False),
-    "demo": dict(op=6, min_op=1, min_length=1025, max_length=1530, name_words=2, L=512, batch=64, accumulate=16,
-                 steps=500, muon_lr=1e-3, adam_lr=5e-5, eval_every=100, save_every=100, test_n=512, workers=8,
-                 checkpoint=True, cuda_graph=False),
+    "paper": PUBLIC_PAPER,
+    "sliding": PUBLIC_PAPER | dict(L=512, evict="sliding"),
+    "demo": PUBLIC_PAPER | dict(op=6, min_length=1025, max_length=1530, L=512, batch=64, accumulate=16, steps=500,
+                                save_every=100, test_n=512, workers=8),
 }  # fmt: skip
 
 
@@ -440,7 +439,7 @@ def starting_workers():
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def as_arrays(batch, *args):
+def arrays_of(batch, *args):
     """A task's batch() for another process: tensors would come back in shared memory, of which containers have little.
 
     Returns its x, y and m as NumPy arrays, which a pipe carries.
@@ -482,7 +481,7 @@ class Batches:
     def _make(self, step):
         task = task_of(step, self.config, self.task)
         with starting_workers():
-            return self.pool.submit(as_arrays, task.batch, self.config.seed, "train", step, self.config.batch)
+            return self.pool.submit(arrays_of, task.batch, self.config.seed, "train", step, self.config.batch)
 
     def close(self):
         """Stop making batches."""
@@ -563,9 +562,10 @@ class Trainer:
         if config.cuda_graph and config.device == "cuda" and ranks == 1:
             self.graphs, self.graph_pool, self.graph_stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def forward_backward(self, micro, count):
-        """Gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole batch,
-        and the stats of Algorithm1.forward, which are those of this rank's last micro-batch.
+    def gradients(self, micro, count):
+        """Clipped gradients of the mean loss per scored token. Returns device scalars: loss and accuracy of the whole
+        batch, the stats of Algorithm1.forward, which are those of this rank's last micro-batch, and the gradient's norm
+        before clipping.
         """
         total, stats = 0, {}
         for i, (x, y, m, chunks) in enumerate(micro):
@@ -579,12 +579,8 @@ class Trainer:
             total = total + torch.stack((loss.detach(), right)) / count
         if self.ranks > 1:
             dist.all_reduce(total)
-        return {"loss": total[0], "accuracy": total[1], **stats}
-
-    def gradients(self, micro, count):
-        """forward_backward and clipping. Returns its scalars and the norm of the gradient before clipping."""
-        out = self.forward_backward(micro, count)
-        return out | {"grad_norm": torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)}
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return {"loss": total[0], "accuracy": total[1], **stats, "grad_norm": norm}
 
     def replayed_gradients(self, micro, count):
         """gradients(), captured as a CUDA graph once for each sequence of shapes and chunks, then replayed."""
@@ -638,13 +634,10 @@ class Trainer:
             raise NonFinite(self.step, {"a weight": math.nan})
         tensors = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
         tensors |= {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
-        temporary = path + ".tmp"
         try:
-            torch.save({"format": 1, "config": vars(self.config)} | self.counters() | tensors, temporary)
-            os.replace(temporary, path)
+            with whole_file(path) as name:
+                torch.save({"format": 1, "config": vars(self.config)} | self.counters() | tensors, name)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
             raise ValueError(f"cannot write {path} ({error}): free some space or choose another --out") from None
 
     def load(self, path):
@@ -677,15 +670,11 @@ class Log:
         self.active, self.trainer, self.pending = trainer.rank == 0, trainer, []
         config, quiet = trainer.config, None if self.active else True  # None: only on a terminal
         self.path = os.path.join(config.out, "log.jsonl")
-        if self.active:
-            self._drop_lines_after(trainer.step)
+        if self.active:  # a killed run may have logged past its last checkpoint: those steps are about to come again
+            lines = [line for line in read_log(config.out) if line["step"] <= trainer.step]
+            with whole_file(self.path) as name, open(name, "w") as f:
+                f.writelines(json.dumps(line) + "\n" for line in lines)
         self.bar = tqdm(total=config.steps, initial=trainer.step, disable=quiet, dynamic_ncols=True, smoothing=0.1)
-
-    def _drop_lines_after(self, step):
-        # a killed run may have logged past its last checkpoint: those steps are about to be logged again
-        lines = [line for line in read_log(self.trainer.config.out) if line["step"] <= step]
-        with whole_file(self.path) as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
 
     def add(self, out):
         """Remember one step's device scalars; nothing is read from the device yet."""
@@ -714,35 +703,32 @@ class Log:
                 f.write(json.dumps(line) + "\n")
 
 
-TIME_IS_UP = 1000  # above every signal number
+TIME_IS_UP = 1  # below the numbers of STOPS: among several ranks a signal wins
 
 
 class Interrupts:
     """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second one kills."""
 
     def __enter__(self):
-        self.signum = None
+        self.signum = 0
         self.old = {s: signal.signal(s, self._ask) for s in STOPS}
         return self
 
     def _ask(self, signum, frame):
         self.signum = signum
-        self._restore()
+        self.__exit__()
 
-    def _restore(self):
+    def __exit__(self, *exc):
         for s, handler in self.old.items():
             signal.signal(s, handler)
 
-    def __exit__(self, *exc):
-        self._restore()
-
     def reason_to_stop(self, time_is_up, device):
-        """A signal number, "minutes", or None. With several ranks all of them must leave the loop at the same step."""
+        """One of STOPS, TIME_IS_UP, or 0. With several ranks all of them must leave the loop at the same step."""
         code = self.signum or (TIME_IS_UP if time_is_up else 0)
         if dist.is_initialized():
             code = torch.tensor(code, device=device)
             dist.all_reduce(code, dist.ReduceOp.MAX)
-        return {0: None, TIME_IS_UP: "minutes"}.get(int(code), int(code))
+        return int(code)
 
 
 def make_batches(trainer):
@@ -761,11 +747,12 @@ def make_batches(trainer):
 
 
 def train_loop(trainer, batches, log, interrupts):
-    """Train to the last step. Returns what stopped it: "finished", "minutes", or a signal number."""
-    config, reason = trainer.config, None
+    """Train to the last step. Returns what stopped it: one of STOPS, TIME_IS_UP, or 0 for the last step."""
+    config, reason = trainer.config, 0
     step_fn = trainer.first_step
-    if trainer.step and trainer.step % config.eval_every == 0:
-        validate(trainer, log)  # if the run was killed between saving and this
+    validated = {line["step"] for line in read_log(config.out) if line["kind"] == "val"}
+    if trainer.step and trainer.step % config.eval_every == 0 and trainer.step not in validated:
+        validate(trainer, log)  # the run was killed between saving and this
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
         log.add(step_fn(*batches.get(trainer.step)))
@@ -786,8 +773,7 @@ def train_loop(trainer, batches, log, interrupts):
             if evaluating:
                 validate(trainer, log)
             started = time.perf_counter()
-    batches.close()
-    return reason or "finished"
+    return reason
 
 
 def scores(trainer, split, n):
@@ -798,11 +784,8 @@ def scores(trainer, split, n):
 
 
 def validate(trainer, log):
-    """Score held-out validation problems and log them, unless this step's are; only rank 0 does."""
-    if not log.active:
-        return
-    logged = [(line["kind"], line["step"]) for line in read_log(trainer.config.out)]
-    if ("val", trainer.step) not in logged:
+    """Score held-out validation problems and log them; only rank 0 does."""
+    if log.active:
         log.write({"kind": "val"} | trainer.counters() | {"scores": scores(trainer, "val", trainer.config.eval_n)})
 
 
@@ -816,7 +799,7 @@ def device_name(config):
 WRITERS = ("mixer.k_proj", "mixer.v_proj", "mixer.a_proj", "mixer.b_proj", "mixer.conv_v.")  # what a write to S needs
 
 
-def block_flops(block, T, past=0, span=math.inf, write_only=False, causal=True):
+def block_flops(block, T, past, span, write_only=False, causal=True):
     """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
 
     Attention: Q K' and P V over the tokens that are seen, of these and of `past` cached ones, at most `span`. Delta
@@ -969,21 +952,20 @@ def run(config):
     open_run(config, trainer)
     if rank == 0:
         announce(trainer)
-    batches = make_batches(trainer)
-    log = Log(trainer)
-    with Interrupts() as interrupts:
+    with contextlib.closing(make_batches(trainer)) as batches, Interrupts() as interrupts:
+        log = Log(trainer)
         reason = train_loop(trainer, batches, log, interrupts)
     log.bar.close()
-    if rank == 0 and isinstance(reason, int):
+    if rank == 0 and reason in STOPS:
         print(f"stopped at step {trainer.step}, saved in {config.out}; the same command with --resume goes on")
     elif rank == 0:
-        if reason == "minutes":
+        if reason == TIME_IS_UP:
             print(f"{config.minutes} minutes are over at step {trainer.step} of {config.steps}; --resume goes on")
         finish(trainer)
     if ranks > 1:
         trainer.algorithm = None  # free DDP's buckets before their process group, or a rank may hang at exit
         dist.destroy_process_group()
-    return 128 + reason if isinstance(reason, int) else 0
+    return 128 + reason if reason in STOPS else 0
 
 
 # -----------------------------------------------------------------------------
@@ -1290,8 +1272,8 @@ class PreparedProblems:
         batch = functools.partial(self.task.batch, self.config.seed, "train", B=self.config.batch)
         try:
             with starting_workers():
-                made = pool.map(functools.partial(as_arrays, batch), range(self.batches))
-            with whole_file(self.path, "wb") as f:
+                made = pool.map(functools.partial(arrays_of, batch), range(self.batches))
+            with whole_file(self.path) as name, open(name, "wb") as f:
                 header = {"descr": size.str, "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_2_0(f, header)
                 for x, y, m in tqdm(made, "problems", self.batches, disable=None):
