@@ -4421,6 +4421,47 @@ def test_repository_program_of_your_own_learns():
     assert all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
 
 
+MODELS_TO_TRY = {  # by the page that shows a conversation with them; where their scores are
+    "README.md": ("depo-N4-s0", "first_command"),
+    "results/README.md": ("rule110-rows-N16-s0", "rule110_pass_clip"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_repository_conversations_are_what_the_models_say(page, monkeypatch, capsys):
+    """A conversation on a page was made up, or is with another model than the one in results/models."""
+    (shown,) = re.findall(r"```\n(> .*?)```", (HERE / page).read_text(), re.S)
+    typed = re.findall("^> (.*)$", shown, re.M)
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=[*typed, EOFError]))
+    model = HERE / "results" / "models" / f"{MODELS_TO_TRY[page][0]}.pt"
+    assert run_main(evaluation.main, monkeypatch, [model, "--chat"]) == 0
+    said = re.sub(r"\d+ %", "", capsys.readouterr().out).splitlines()
+    for line in re.sub(r"\d+ %", "", shown).splitlines():  # a percentage may round otherwise
+        assert line in said or line.startswith(">") or line == "  ...", line
+
+
+@pytest.mark.parametrize("name, results", MODELS_TO_TRY.values())
+def test_repository_models_score_what_their_results_say(name, results):
+    """A model in results/models is not the one whose scores stand in the results."""
+    model, task, config, _ = evaluation.load_run(f"{HERE}/results/models/{name}.pt", "cpu")
+    found = json.loads((HERE / "results" / f"{results}.json").read_text())
+    runs = [run for run in found.get("runs", [found]) if evaluation.LATER_FLAGS | run["config"] == config]
+    want = runs[0].get("test", runs[0])["rows"]
+    algorithm = evaluation.algorithm_of(model, config)
+    for key, row in evaluation.evaluate(algorithm, task, "test", config["L"], 256, 0)["rows"].items():
+        assert abs(row["accuracy"] - want[key]["accuracy"]) <= 4 * row["stderr"] + 0.01, key
+
+
+def test_repository_program_for_a_stream_runs(monkeypatch, tmp_path, capsys):
+    """The README's program with a Sleeper fails, or its memory cannot be read again."""
+    (program,) = re.findall(r"```python\n(from eval import .*?)```", (HERE / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(program.replace("results/models", f"{HERE}/results/models"), names)
+    assert re.fullmatch(r"<answer> \w+\n", capsys.readouterr().out)
+    assert Sleeper.load("memory.pt", names["model"]).window.shape == names["sleeper"].window.shape
+
+
 def test_repository_predictions_for_a_gpu_are_those_of_the_code():
     """The table of what waits for a GPU has FLOPs, minutes or memory of other presets, or a command that is refused."""
     for row in json.loads((HERE / "results" / "gpu_predicted.json").read_text())["rows"]:
