@@ -27,11 +27,13 @@ Read next: model.py, and the rest of this file at the end
 """
 
 import functools
+import hashlib
 import itertools
 import os
 import platform
 import shutil
 import sys
+import sysconfig
 import time
 from gc import collect  # gc is a cumulative sum here
 from types import SimpleNamespace
@@ -46,8 +48,9 @@ try:
 except ImportError:  # macOS, Windows: the kernels below are then never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
-# Triton launches its kernels from C that it compiles on first use
+# Triton launches its kernels from C that it compiles on first use, against Python's headers
 HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+HAS_HEADERS = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
 
 MAX_CHUNK = 64  # more tokens per chunk mean fewer sequential steps but C^2 work per token
 
@@ -98,6 +101,8 @@ def why_not_triton(k, v):
         return f"the tensors are on {k.device.type}, not on a GPU"
     if k.is_cuda and not HAS_C_COMPILER:
         return "Triton needs a C compiler: install gcc or set CC"
+    if k.is_cuda and not HAS_HEADERS:
+        return "Triton needs Python.h: install Python's headers, such as the package python3-dev"
     if K % 16 or K > 128 or V > 256:
         return f"K = {K} must be a multiple of 16 up to 128, and V = {V} at most 256"
     if v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -503,9 +508,13 @@ def _backward(
     return outputs
 
 
-# opaque to torch.compile: one node in the graph, no break. The backward is an op of its own for the same reason
-forward_op = torch.library.custom_op("delta_rule::forward", _forward, mutates_args=())
-backward_op = torch.library.custom_op("delta_rule::backward", _backward, mutates_args=())
+# opaque to torch.compile: one node in the graph, no break. The backward is an op of its own for the same reason. The
+# names hold a hash of this file, because torch.compile's cache on disk knows an op by its name alone: after an edit it
+# would go on with the old backward
+with open(__file__, "rb") as source:
+    VERSION = hashlib.sha256(source.read()).hexdigest()[:8]
+forward_op = torch.library.custom_op(f"delta_rule::forward_{VERSION}", _forward, mutates_args=())
+backward_op = torch.library.custom_op(f"delta_rule::backward_{VERSION}", _backward, mutates_args=())
 forward_op.register_fake(_forward_outputs)
 backward_op.register_fake(_backward_outputs)
 
@@ -654,10 +663,14 @@ def benchmark(device, dtype, names, limits):
 
         least = floor_seconds(shape, dtype.itemsize, backward, *limits)
         for graph in (False, True) if device == "cuda" else (False,):
+            stream = torch.cuda.current_stream() if graph else None
             try:
                 median, low, high = measure(graphed(call) if graph else call, device)
             except Exception as error:  # Triton and fla raise what they like; the other rows are wanted all the same
+                error = error.__context__ or error  # what breaks a recording makes its end fail, too
                 print(f"{name}, {impl}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
+                if graph:  # a recording whose end fails leaves its own behind
+                    torch.cuda.set_stream(stream)
                 continue
             print(f"{name}, {impl}, backward={backward}, graph={graph}: {1e6 * median:,.0f} us", file=sys.stderr)
             row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
