@@ -48,9 +48,10 @@ try:
 except ImportError:  # macOS, Windows: the kernels below are then never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
-# Triton launches its kernels from C that it compiles on first use, against Python's headers
+# Triton launches its kernels from C that it compiles on first use, with Python's headers from where it looks for them
 HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-HAS_HEADERS = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+SCHEME = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+HAS_HEADERS = os.path.exists(os.path.join(sysconfig.get_paths(SCHEME)["include"], "Python.h"))
 
 MAX_CHUNK = 64  # more tokens per chunk mean fewer sequential steps but C^2 work per token
 
