@@ -574,6 +574,13 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
+def save_figure(figure, path):
+    """Write a figure as PNG, whole or not at all, and forget it."""
+    with whole_file(path) as name:
+        figure.savefig(name, dpi=150, format="png")
+    import_pyplot().close(figure)
+
+
 def paper_points(run):
     """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting.
 
@@ -761,9 +768,7 @@ def plot(columns, path, problems):
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
-    with whole_file(path) as name:
-        figure.savefig(name, dpi=150, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # -----------------------------------------------------------------------------
@@ -1039,9 +1044,7 @@ def plot_probe(results, path):
     config = results[0]["config"]
     Ns = f"trained with N={config['N']}, probed with N={results[0]['evaluated_N']}"
     figure.suptitle(f"{describe(config)}; {Ns}; {len(results)} seed(s)", fontsize=10)
-    with whole_file(path) as name:
-        figure.savefig(name, dpi=150, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def report_probe(args, loaded):

@@ -48,7 +48,8 @@ try:
 except ImportError:  # macOS, Windows: the kernels below are then never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
-# Triton launches its kernels from C that it compiles on first use, with Python's headers from where it looks for them
+# Triton launches its kernels from C that it compiles on first use, with Python's headers. It looks for them here, not
+# in the folder for local packages that Debian's own Python names
 HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 SCHEME = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
 HAS_HEADERS = os.path.exists(os.path.join(sysconfig.get_paths(SCHEME)["include"], "Python.h"))
@@ -625,9 +626,13 @@ def graphed(call):
             call()
     torch.cuda.synchronize()
     collect()  # what an old graph of autograd still holds from another stream would break the recording
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:  # what breaks a recording makes its end fail, too, which leaves its stream behind
+        torch.cuda.set_stream(stream)
+        raise error.__context__ or error
     return graph.replay
 
 
@@ -664,14 +669,10 @@ def benchmark(device, dtype, names, limits):
 
         least = floor_seconds(shape, dtype.itemsize, backward, *limits)
         for graph in (False, True) if device == "cuda" else (False,):
-            stream = torch.cuda.current_stream() if graph else None
             try:
                 median, low, high = measure(graphed(call) if graph else call, device)
             except Exception as error:  # Triton and fla raise what they like; the other rows are wanted all the same
-                error = error.__context__ or error  # what breaks a recording makes its end fail, too
                 print(f"{name}, {impl}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
-                if graph:  # a recording whose end fails leaves its own behind
-                    torch.cuda.set_stream(stream)
                 continue
             print(f"{name}, {impl}, backward={backward}, graph={graph}: {1e6 * median:,.0f} us", file=sys.stderr)
             row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
