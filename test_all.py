@@ -14,6 +14,7 @@ import ast
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -4462,6 +4463,29 @@ def test_repository_pages_commands_are_accepted(monkeypatch):
     monkeypatch.setattr(evaluation, "import_pyplot", lambda: None)  # the README's install does not bring matplotlib
     for flags in judging:
         evaluation.parse_args(flags)
+
+
+def test_repository_results_commands_are_those_of_the_runs():
+    """A command beside a table trains something else than what the table shows, as after a change of the presets."""
+    runs = []
+    for path in (HERE / "results").glob("*.json"):
+        saved = json.loads(path.read_text())
+        runs += [evaluation.LATER_FLAGS | run["config"] for run in saved.get("runs", [saved]) if "config" in run]
+    text = (HERE / "README.md").read_text()
+    text = text[text.index("\n## Results") : text.index("\n## What is not here yet")]
+    text += (HERE / "results" / "README.md").read_text()
+    lines = re.findall(r"^((?:for .*)?)python train\.py (.*?)(?:;.*|  .*)?$", text, re.M)
+    lines += [("", flags) for flags in re.findall(r"`python\s+train\.py\s+([^`]*)`", text)]
+    lines = [(loop, flags) for loop, flags in lines if "--init-from" not in flags]  # of which nobody has results
+    free = "out seed start_from device threads workers compile cuda_graph checkpoint accumulate minutes resume".split()
+    free += ["log_every", "save_every", "eval_every", "eval_n", "test_n"]
+    assert len(lines) > 70
+    for loop, flags in lines:
+        values = dict(re.findall(r"for (\w) in ([^;]*);", loop))
+        for each in itertools.product(*(v.split() for v in values.values())):
+            argv = functools.reduce(lambda f, new: f.replace(f"${new[0]}", new[1]), zip(values, each), flags)
+            config = vars(train.parse_config(argv.split()))
+            assert any(all(config[k] == run.get(k) for k in config.keys() - set(free)) for run in runs), argv
 
 
 def test_repository_flags_since_the_first_results_have_a_value_for_earlier_runs():

@@ -170,14 +170,13 @@ CHOICES = {
 }
 
 PRESETS = {
-    "rule110": {  # not in the paper: while asleep, small and tiny see the right neighbours that a new bit depends on
+    "rule110": {
         "paper": dict(width=24, t=32, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=98_600,
                       muon_lr=2e-3, adam_lr=5e-5, eval_every=1000),
         "small": dict(width=24, t=12, strings=4, L=24, pattern="ADAD", d_model=256, n_head=4, batch=512, steps=20_000,
-                      sleep_attention="full", muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
-        "tiny": dict(width=12, t=6, strings=2, L=12, pattern="AD", d_model=64, n_head=2, positions=True, batch=64,
-                     sleep_attention="full", steps=3000, decay=0.4, muon_lr=0.01, adam_lr=2e-3, weight_decay=0.5,
-                     eval_every=200),
+                      muon_lr=2e-3, adam_lr=5e-5, eval_every=500),
+        "tiny": dict(width=12, t=7, strings=2, L=12, pattern="AD", d_model=64, n_head=2, positions=True, batch=64,
+                     steps=3000, decay=0.4, muon_lr=5e-3, adam_lr=2e-3, weight_decay=0.5, eval_every=200),
     },
     "depo": {
         # not in the paper: attention and plain delta layers in turn, where it has the architecture of Jet-Nemotron
