@@ -28,9 +28,11 @@ Read next: model.py, and the rest of this file at the end
 
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -568,6 +570,7 @@ def random_inputs(B, T, H, K, V, dtype, device):
 
 def peer():
     """flash-linear-attention's kernel with our signature, or None if it is not installed."""
+    os.environ.setdefault("FLA_TILELANG", "0")  # its Triton kernels, not those of another compiler
     try:
         import fla.ops.common.chunk_o
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -675,12 +678,21 @@ def benchmark(device, dtype, names, limits):
                 print(f"{name}, {impl}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
                 continue
             print(f"{name}, {impl}, backward={backward}, graph={graph}: {1e6 * median:,.0f} us", file=sys.stderr)
-            row = dict(shape=name, impl=impl, backward=backward, graph=graph, median=median, low=low, high=high)
-            yield row | {"floor": least, "ratio": median / least}
+            row = dict(shape=name, sizes=shape, impl=impl, backward=backward, graph=graph)
+            yield row | dict(median=median, low=low, high=high, floor=least, ratio=median / least)
 
 
 def benchmark_table(rows):
-    """Markdown: a line per shape, direction and launch, a column per implementation; microseconds, times the floor."""
+    """
+    Markdown: a line per shape, direction and launch, a column per implementation: microseconds, half the distance
+    between the quartiles, the multiple of the floor.
+    """
+
+    def cell(row):
+        return (
+            f"{1e6 * row['median']:,.0f} ± {50 * (row['high'] - row['low']) / row['median']:.0f} % ({row['ratio']:.1f})"
+        )
+
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     lines = [f"| B, T, H, K, V | | floor | {' | '.join(impls)} |", "| --- | --- | --: |" + " --: |" * len(impls)]
     groups = {}
@@ -689,31 +701,49 @@ def benchmark_table(rows):
     for shape, backward, graph in sorted(groups, key=lambda key: (list(SHAPES).index(key[0]), *key[1:])):
         found = groups[shape, backward, graph]
         what = ("forward + backward" if backward else "forward") + (", graph" if graph else "")
-        cells = [f"{1e6 * r['median']:,.0f} ({r['ratio']:.1f})" if (r := found.get(i)) else "" for i in impls]
+        cells = [cell(found[impl]) if impl in found else "" for impl in impls]
         floor = next(iter(found.values()))["floor"]
         size = ", ".join(map(str, SHAPES[shape]))
         lines.append(f"| {shape}: {size} | {what} | {1e6 * floor:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main():
-    """Benchmark this machine: a Markdown table on stdout, everything in --json."""
-    from data import Parser, check_writable, git_commit, write_json
+def version(package):
+    """The version of an installed package, None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def parse_args(argv):
+    """The flags of the benchmark; exits with one line where they are wrong."""
+    from data import Parser, check_writable
 
     parser = Parser(description="Benchmark the delta rule: bfloat16 on a GPU, float32 on one thread of a CPU.")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     parser.add_argument("--json", help="write all numbers to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.json:
         try:
             check_writable(args.json)
         except ValueError as error:
             parser.error(str(error))
+    return args
+
+
+def main():
+    """Benchmark this machine: a Markdown table on stdout, everything in --json."""
+    from data import git_commit, write_json
+
+    args = parse_args(sys.argv[1:])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()}, 1 thread)",
-        "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)},
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
+        | {name: version(name) for name in ("torch", "triton", "numpy", "fla-core")},
+        "command": shlex.join(["python", "kernels.py", *sys.argv[1:]]),
         "commit": git_commit(),
     }
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -730,7 +760,7 @@ def main():
         status, why = 130, "interrupted"
     except OSError as error:
         status, why = 2, error
-    print("Microseconds per call, in brackets the multiple of the floor.\n")
+    print("Microseconds per call ± half the distance between the quartiles, in brackets the multiple of the floor.\n")
     print(benchmark_table(rows))
     if status:
         print(f"kernels.py: {why}; the table has what was measured", file=sys.stderr)
