@@ -874,9 +874,11 @@ def cost_table(rows):
 
 
 def machine_of(args):
-    """What a results file says about the machine."""
+    """What a results file says about the machine and the code that evaluated."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    return {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
+    command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    evaluated = {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
+    return evaluated | {"commit": git_commit(), "command": command}
 
 
 def problems_of(args):
@@ -897,7 +899,7 @@ def report_cost(args, loaded):
     print(cost_table(rows))
     if args.json:
         found = {name: slopes(rows, name) for name in rows[0]["ms"]}
-        about = {"run": args.runs[0], "config": config, "commit": git_commit()} | machine_of(args)
+        about = {"run": args.runs[0], "config": config} | machine_of(args)
         write_json(args.json, about | {"rows": rows, "slopes": found})
 
 
@@ -1064,7 +1066,7 @@ def report_probe(args, loaded):
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
     print(probe_table(results))
     if args.json:
-        about = {"fitted_on": PROBE_FIT, "commit": git_commit()} | problems_of(args) | machine_of(args)
+        about = {"fitted_on": PROBE_FIT} | problems_of(args) | machine_of(args)
         write_json(args.json, about | {"runs": results})
     if args.plot:
         plot_probe(results, args.plot)
@@ -1355,7 +1357,7 @@ def describe_run(path, loaded, N, tol):
     run = {"path": path, "config": config, "n_params": model.n_params(), "evaluated_N": N, "tol": tol}
     run |= {"evaluated_t": getattr(task, "t", None)} | progress
     saved, result = read_provenance(path), read_provenance(path, "result.json")
-    run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "flops_per_step")}
+    run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "delta_rule", "flops_per_step")}
     run["peak_memory_mib"] = result.get("peak_memory_mib") if result.get("step") == run["step"] else None
     return run | {"curve": learning_curve(path, run["step"])}
 

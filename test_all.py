@@ -2662,7 +2662,11 @@ def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
     assert train.run(trained) == 0
     argv = [trained.out, "--n", 16, "--mistakes", 0, "--json", out]
     assert run_main(evaluation.main, monkeypatch, [*argv, "--plot", first]) == 0
-    (run,) = json.loads(out.read_text())["runs"]
+    about = json.loads(out.read_text())
+    assert about["commit"] and f" --mistakes 0 --json {out} " in about["command"]
+    (run,) = about["runs"]
+    said = capsys.readouterr().out  # by the training
+    assert run["delta_rule"] in said and f"delta rule: {run['delta_rule']}" in said
     val = log_lines(Path(trained.out), "val")
     assert run["curve"]["tokens"] == [line["tokens"] for line in val] and len(val) > 1
     want = [evaluation.headline(line["scores"]["rows"]) for line in val]

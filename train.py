@@ -61,7 +61,7 @@ from eval import (
     read_log,
     sleep_config,
 )
-from kernels import pick_impl, why_not_triton
+from kernels import pick_impl, triton, why_not_triton
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig, init_weights, rope_table
 from sleep import EVICTIONS, attention_span, passes, split_chunks
 
@@ -840,16 +840,24 @@ def flops_per_step(config, task, chunks):
     return 3 * round(total) * config.batch
 
 
+def key_and_value(trainer):
+    """One key and one value as the model's first delta block has them, for pick_impl."""
+    S = next(block.mixer.S_shape(1) for block in trainer.model.layers if not block.attends)
+    return (torch.empty(1, 1, 1, dim, device=trainer.config.device) for dim in S[2:])
+
+
 def provenance(trainer):
     """What ran where: for config.json and result.json. flops_per_step: of the first batch, with all N passes."""
     config = trainer.config
     chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, config.batch)[2], config.L)
+    versions = {"torch": torch.__version__, "triton": getattr(triton, "__version__", None), "numpy": np.__version__}
     return {
         "config": vars(config),
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "commit": git_commit(),
         "device": device_name(config),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {"python": platform.python_version()} | versions,
+        "delta_rule": pick_impl(*key_and_value(trainer)),
         "ranks": trainer.ranks,
         "n_params": trainer.model.n_params(),
         "flops_per_step": flops_per_step(config, trainer.task, chunks),
@@ -920,10 +928,8 @@ def announce(trainer):
     config = trainer.config
     size = f"{trainer.model.n_params():,} parameters"
     print(f"device {device_name(config)}; preset {config.preset}; {size}; run directory {config.out}")
-    S = next(block.mixer.S_shape(1) for block in trainer.model.layers if not block.attends)
-    k, v = (torch.empty(1, 1, 1, dim, device=config.device) for dim in S[2:])
-    reason = why_not_triton(k, v)
-    print(f"delta rule: {pick_impl(k, v)}" + (f" (not triton: {reason})" if reason else ""))
+    reason = why_not_triton(*key_and_value(trainer))
+    print(f"delta rule: {pick_impl(*key_and_value(trainer))}" + (f" (not triton: {reason})" if reason else ""))
     if config.init_from:
         sizes = predicted_memory(config, trainer.task)
         print(trainer.origin or f"{config.init_from}, going on from {config.start_from or config.out}")
