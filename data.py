@@ -462,7 +462,8 @@ class Depo:
         facts = self.spelling[edges].reshape(B, -1)  # (B, context), -1 in the gaps
         asks, answers = self._questions(rng, n, node)
         scored = np.zeros(asks.shape, dtype=bool)
-        scored[:, :, self.told if self.t else 1 + self.name_tokens :] = True  # at the name, or at <answer> and name
+        first = self.told if self.t else 1 + self.name_tokens  # the name that is asked about, or <answer>
+        scored[:, :, first:] = True
         asks, scored = asks.reshape(B, -1), scored.reshape(B, -1)  # (B, T - context)
 
         # close the gaps: both sides of these assignments run through a row's tokens in reading order

@@ -190,24 +190,30 @@ def load_run(path, device):
     return model, task, config, {key: saved.get(key) for key in ("step", "tokens", "seconds", "flops")}
 
 
+def beside(path, name):
+    """The path of a file in a run directory, or in the one that a checkpoint lies in."""
+    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), name)
+
+
 def read_provenance(path, name="config.json"):
-    """config.json or result.json of a run directory, or of the one a checkpoint lies in: a dict, empty if none."""
-    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), name)
+    """config.json or result.json of a run: a dict, empty if there is none. path: see beside."""
+    file = beside(path, name)
     if not os.path.exists(file):
         return {}
     return read_json(file, "remove it, the table does not need it")
 
 
 def read_log(path):
-    """log.jsonl of a run directory, or of the one a checkpoint file lies in: a list of dicts, empty if none."""
-    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "log.jsonl")
+    """log.jsonl of a run: a list of dicts, each with a kind and a step, empty if there is none. path: see beside."""
+    file = beside(path, "log.jsonl")
     if not os.path.exists(file):
         return []
     with open(file) as f:
         lines = f.read().split("\n")
     try:
-        return [json.loads(line) for line in lines[:-1]]  # a line without its line break was cut off by a crash
-    except ValueError:
+        found = [json.loads(line) for line in lines[:-1]]  # a line without its line break was cut off by a crash
+        return [line for line in found if line["kind"] and line["step"] >= 0]
+    except (ValueError, TypeError, KeyError):
         raise ValueError(f"{file} is damaged: remove it, only the learning curves need it") from None
 
 
@@ -381,8 +387,9 @@ def comparison_table(columns, field="accuracy"):
     table = [["", "n", *floors, *columns], ["---", *["--:"] * (1 + len(floors) + len(columns))]]
     for key in ordered_keys(columns):
         found = {header: [rows[key] for rows in runs if key in rows] for header, runs in columns.items()}
-        one = next(rows[0] for rows in found.values() if rows)  # the labels, hence the floors, are the same for all
-        line = [key, one["n"], *(f"{100 * one[floor]:.1f}" for floor in floors)]
+        # where columns ask Depo for other distances (--hops, several t) the questions differ: then no number is right
+        each = {(row["n"], *(f"{100 * row[floor]:.1f}" for floor in floors)) for rows in found.values() for row in rows}
+        line = [key, *(values[0] if len(set(values)) == 1 else "" for values in zip(*each))]
         table.append(line + [cell(rows, field) for rows in found.values()])
     return as_markdown(table)
 
@@ -412,6 +419,26 @@ def check_same_task(paths, configs):
             )
 
 
+def setting_of(run, elsewhere):
+    """What tells a run's column from others, a dict: its flags but for the seed, and how it was evaluated.
+
+    elsewhere: some run is evaluated at another t than it was trained with.
+    """
+    setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING and v is not None}
+    if "start_from" in setting:  # the first stage's seed is no setting either
+        setting["start_from"] = re.sub(r"-s\d+(?=/|$)", "", setting["start_from"])
+    if setting["N"] == run["evaluated_N"] == setting["answer_passes"] == 1:
+        setting = {k: v for k, v in setting.items() if k not in OF_LATER_PASSES}  # there is none: any value will do
+    whole = run["step"] == setting["steps"]
+    setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
+    setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
+    if elsewhere:
+        setting["trained t"] = run["config"]["t"]
+    if setting.get("hops") and run["evaluated_t"] is not None:
+        setting["evaluated t"] = run["evaluated_t"]  # Depo: all have the lines "hops 1", "hops 2", ...
+    return setting
+
+
 def groups_of(runs):
     """
     Group runs that differ only in seed, or in t where each t has lines of its own. Returns (setting, list of runs)
@@ -421,18 +448,7 @@ def groups_of(runs):
     settings, groups = {}, {}
     elsewhere = any(run["evaluated_t"] != run["config"].get("t") for run in runs)
     for run in runs:
-        setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING and v is not None}
-        if "start_from" in setting:  # the first stage's seed is no setting either
-            setting["start_from"] = re.sub(r"-s\d+(?=/|$)", "", setting["start_from"])
-        if setting["N"] == run["evaluated_N"] == setting["answer_passes"] == 1:
-            setting = {k: v for k, v in setting.items() if k not in OF_LATER_PASSES}  # there is none: any value will do
-        whole = run["step"] == setting["steps"]
-        setting |= {"steps": setting["steps"] if whole else f"{run['step']} of {setting['steps']}"}
-        setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
-        if elsewhere:
-            setting["trained t"] = run["config"]["t"]
-        if setting.get("hops") and run["evaluated_t"] is not None:
-            setting["evaluated t"] = run["evaluated_t"]  # Depo: all have the lines "hops 1", "hops 2", ...
+        setting = setting_of(run, elsewhere)
         name = json.dumps(setting, sort_keys=True)
         settings[name] = setting
         for other in groups.setdefault(name, []):
@@ -584,10 +600,11 @@ def save_figure(figure, path):
 def paper_points(run):
     """The paper's numbers for a run's setting: two sequences (see PAPER), or None if it has no such setting.
 
-    That has the paper's sizes, and neither a flag that is not in the paper nor other passes than in training.
+    That has the paper's sizes of the task (the model may be of any size), no flag that is not in the paper, and the
+    passes of training.
     """
     config = run["config"]
-    setting = PAPER_SIZES.get(config["task"], {}) | LATER_FLAGS | {"loop": None}
+    setting = PAPER_SIZES.get(config["task"], {}) | LATER_FLAGS | {"loop": None, "positions": False}
     as_trained = (run["evaluated_N"], run["evaluated_t"], run["tol"]) == (config["N"], config.get("t"), 0)
     if config["task"] not in PAPER_SIZES or not as_trained or not setting.items() <= config.items():
         return None
@@ -734,6 +751,12 @@ def draw_paper(ax, runs, place, shift, field, colour):
             ax.plot(x, y, color=colour, **PAPER_STYLE)
 
 
+def scored_again(runs):
+    """Is some model scored in more than one way, or in another one than its learning curve? Then none are drawn."""
+    again = len({run["path"] for run in runs}) < len(runs)
+    return again or any((run["evaluated_N"], run["tol"]) != (run["config"]["N"], 0) for run in runs)
+
+
 def plot(columns, path, problems):
     """
     Draw learning curves and final scores to a PNG; for Depo also the loss, which the paper plots.
@@ -746,10 +769,7 @@ def plot(columns, path, problems):
     config = runs[0]["config"]
     with_loss = config["task"] == "depo"
     figure, axes = plt.subplots(1, 2 + with_loss, figsize=(9 + 4 * with_loss, 4.4), layout="constrained")
-    # some model is scored in more than one way, or in another one than its learning curve
-    again = len({run["path"] for run in runs}) < len(runs)
-    again |= any((run["evaluated_N"], run["tol"]) != (run["config"]["N"], 0) for run in runs)
-    (draw_passes if again else draw_curves)(axes[0], columns)
+    (draw_passes if scored_again(runs) else draw_curves)(axes[0], columns)
     draw_difficulty(axes[1], columns, "accuracy")
     for ax in axes[:2]:
         ax.set_ylim(-3, 103)
@@ -801,10 +821,10 @@ def time_sleeper(sleeper, device):
             h = model.embed(x)
             times[name] = milliseconds(lambda h=h: sleep(model, h, state, config), device)
         for name, x in {"empty": ids[:, :1], "full": ids}.items():
-            times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, state, x, 1, config), device)
+            times[f"first, {name}"] = milliseconds(lambda x=x: answer(model, x, state, 1, config), device)
         for name, past in {"empty": 1, "full": L - 1}.items():
             _, read = model.blocks(model.embed(ids[:, :past]), state, span=attention_span(config))
-            times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, s, ids[:, :1], 1, config), device)
+            times[f"next, {name}"] = milliseconds(lambda s=read: answer(model, ids[:, :1], s, 1, config), device)
     return times
 
 
@@ -895,12 +915,12 @@ def report_cost(args, loaded):
         raise ValueError("--cost times windows of 2 tokens or more that are answered in one pass: this run has others")
     Ns = list(dict.fromkeys(args.N or sorted({1, 2, 4, config["N"]})))
     rows = measure_cost(model, config, Ns, args.tokens, args.device)
-    print(f"{args.runs[0]}: milliseconds for a batch of one, median (quartiles); a window is {config['L']} tokens\n")
-    print(cost_table(rows))
     if args.json:
         found = {name: slopes(rows, name) for name in rows[0]["ms"]}
         about = {"run": args.runs[0], "config": config} | machine_of(args)
         write_json(args.json, about | {"rows": rows, "slopes": found})
+    print(f"{args.runs[0]}: milliseconds for a batch of one, median (quartiles); a window is {config['L']} tokens\n")
+    print(cost_table(rows))
 
 
 # -----------------------------------------------------------------------------
@@ -908,7 +928,7 @@ def report_cost(args, loaded):
 
 
 @torch.no_grad()
-def memories(model, task, config, split, seed, n):
+def memories(model, task, config, split, n, seed):
     """What the memory of n problems holds if each window of their context is slept over 0..N times.
 
     config: the run's flags, a dict. Returns x (n, T); the fast weights after 0..N passes, a list of (n, numbers), on
@@ -982,8 +1002,8 @@ def probe(path, loaded, args):
     """
     model, task, trained, _ = loaded
     config = trained | {"N": (args.N or [trained["N"]])[0]}
-    x, memory, _ = memories(model, task, config, "train", args.seed, PROBE_FIT)
-    x_test, memory_test, change = memories(model, task, config, args.split, args.seed, args.n)
+    x, memory, _ = memories(model, task, config, "train", PROBE_FIT, args.seed)
+    x_test, memory_test, change = memories(model, task, config, args.split, args.n, args.seed)
     targets, targets_test = task.hidden(x), task.hidden(x_test)
     pairs = zip(tqdm(memory, "probes", disable=None), memory_test)
     each = [linear_probe(a, targets, b, targets_test) for a, b in pairs]
@@ -1064,10 +1084,10 @@ def report_probe(args, loaded):
     if numbers > PROBE_LIMIT:
         raise ValueError(f"--probe takes {PROBE_LIMIT} numbers of memory at most, not {numbers}: use --preset tiny")
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
-    print(probe_table(results))
     if args.json:
         about = {"fitted_on": PROBE_FIT} | problems_of(args) | machine_of(args)
         write_json(args.json, about | {"runs": results})
+    print(probe_table(results))
     if args.plot:
         plot_probe(results, args.plot)
 
@@ -1229,10 +1249,11 @@ def results_table(path, rows, budget, figure=None):
         if not ordered_keys(scores):
             raise ValueError(f"{path} has no difficulty that starts with {' or '.join(rows)}: give another --rows")
         table = budget_table(runs) if budget else comparison_table(scores)
-        problems, curves = f"{saved.get('n')} {saved.get('split')} problems", [run["curve"]["tokens"] for run in runs]
+        problems = f"{saved.get('n')} {saved.get('split')} problems"
+        to_draw = scored_again(runs) or any(run["curve"]["tokens"] for run in runs)
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is no results file: give one that eval.py --json wrote") from None
-    if figure and not any(curves):
+    if figure and not to_draw:
         raise ValueError(f"{path} holds no learning curves: score its runs again, with --json and --plot")
     if figure:
         plot(columns, figure, problems)
@@ -1285,6 +1306,14 @@ def report_tables(args):
 # -----------------------------------------------------------------------------
 # the command line
 
+DEFAULTS = {
+    "tokens": 1_000_000,
+    "n": 2048,
+    "split": "test",
+    "seed": 0,
+    "mistakes": 3,
+}  # of flags that not all modes take
+
 
 def parse_args(argv):
     """The words of a command line -> what they ask for.
@@ -1307,29 +1336,32 @@ def parse_args(argv):
     parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
     text = "Rule 110: score with so many steps of the automaton; Depo with --t: hops (default: as each run was trained)"
     parser.add_argument("--t", type=int, nargs="+", help=text)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="--cost: length of the stream (default 1000000)")
-    parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")
+    parser.add_argument("--tokens", type=int, help="--cost: length of the stream (default 1000000)")
+    parser.add_argument("--n", type=int, help="problems (default 2048)")
+    parser.add_argument("--split", choices=SPLITS, help="(default test)")
+    parser.add_argument("--seed", type=int, help="of the problems (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default auto)")
-    parser.add_argument("--mistakes", type=int, default=3, help="wrong examples to print per run (default 3)")
+    parser.add_argument("--mistakes", type=int, help="wrong examples to print per run (default 3)")
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the results here (needs matplotlib)")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     for name, least in {"n": 1, "seed": 0, "mistakes": 0, "tokens": 1}.items():
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
     unused = {
-        "cost": ("tol", "t", "plot"),
-        "table": ("N", "tol", "t", "json"),
-        "chat": ("t", "json", "plot"),
-        "probe": ("tol", "t"),
+        "cost": ("tol", "t", "plot", "n", "split", "seed", "mistakes"),
+        "table": ("N", "tol", "t", "json", "tokens", "n", "split", "seed", "mistakes"),
+        "chat": ("t", "json", "plot", "tokens", "n", "split", "seed", "mistakes"),
+        "probe": ("tol", "t", "tokens", "mistakes"),
     }
     doing = next((name for name in unused if getattr(args, name)), None)
-    wrong = [name for name in unused.get(doing, ()) if getattr(args, name)]
+    wrong = [name for name in unused.get(doing, ("tokens",)) if getattr(args, name) not in (None, [])]
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     wrong += [name for name in ("rows", "budget") if getattr(args, name) and not args.table]
     if args.probe and len(args.N or []) > 1:
         wrong.append("N of several numbers")
@@ -1392,11 +1424,12 @@ def compare(args, loaded):
             jobs.append((path, (model, asked, config, progress), N, tol))
     runs = [describe_run(*job) for job in jobs]
     columns = columns_of(runs)  # of the same dicts that are scored below; refuses now that a run is given twice
-    for run, (_, one, _, _) in zip(runs, jobs):
+    about = problems_of(args) | machine_of(args)
+    for i, (run, (_, one, _, _)) in enumerate(zip(runs, jobs), 1):
         score_run(run, one, args)
+        if args.json:  # after every run: what is scored is not lost, whatever becomes of the rest or of the screen
+            write_json(args.json, about | {"runs": runs[:i]})
     print(report(columns, args))
-    if args.json:
-        write_json(args.json, problems_of(args) | machine_of(args) | {"runs": runs})
     if args.plot:
         plot(columns, args.plot, f"{args.n} {args.split} problems")
 

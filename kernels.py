@@ -203,8 +203,8 @@ class _UnitLowerInverse(torch.autograd.Function):
 # products in the inputs' dtype, but for the inverse. Tokens past T load as zeros: no key, no write, no decay, and so
 # they change nothing.
 #
-# Backward, with dO and the gradient dS of the state that leaves the chunk; of W = dO E' and Z = dR E' only the lower
-# triangles count, Z's without its diagonal:
+# Backward, with dO and the gradient dS of the state that leaves the chunk; ' transposes, E = inverse R are the errors,
+# U = diag(beta) E what is written; of W = dO E' and Z = dR E' only the lower triangles count, Z's without its diagonal:
 #
 #     dU = P' dO + exp(gc_C - gc) (K dS)         P = decay * Q K'
 #     dR = inverse' (beta dU)                    and dV = dR

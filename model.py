@@ -52,8 +52,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     attention_gate: bool = False  # what attention reads is multiplied by sigmoid(gate(x))
-    delta_heads: int = 0  # of q and k in a delta layer; 0: n_head
-    value_heads: int = 0  # of v, the gates and S, a multiple of delta_heads; 0: delta_heads
+    delta_heads: int = 0  # H of a delta layer; 0: n_head
     key_dim: int = 0  # K of a delta layer; 0: d_model / n_head
     value_dim: int = 0  # V of a delta layer; 0: key_dim
     dynamic_conv: int = 0  # width of the net that makes v's filter for each token (q and k have none); 0: all static
@@ -65,6 +64,8 @@ class ModelConfig:
     tied: bool = False  # the head is the embedding
 
     def __post_init__(self):
+        if min(self.vocab_size, self.d_model, self.n_head) < 1:
+            raise ValueError("vocab_size, d_model and n_head must be at least 1")
         self.d_mlp = self.d_mlp or 16 * math.ceil(self.d_model / 6)
         if not self.pattern or set(self.pattern) - {"A", "W", *FAST_MIXERS}:
             raise ValueError(
@@ -82,7 +83,6 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.d_model // self.n_head
         self.rope_dim = self.rope_dim or self.head_dim
         self.delta_heads = self.delta_heads or self.n_head
-        self.value_heads = self.value_heads or self.delta_heads
         self.key_dim = self.key_dim or self.d_model // self.n_head
         self.value_dim = self.value_dim or self.key_dim
 
@@ -255,17 +255,21 @@ class NoConv(nn.Module):
 class GatedDeltaNet(nn.Module):
     """The fast-weight layer: every token corrects what S predicts for its key (kernels.py), then reads S.
 
-    Another mixer needs the same forward, S_shape and zero_S, and a letter in FAST_MIXERS. All of it that outlives a
-    pass is S (B, H, K, V). Its matrices are called *_proj (for Muon and FLOPs), the last one out_proj; those that a
+    Another mixer needs the same forward, S_shape and zero_S, and a letter in FAST_MIXERS. What goes from pass to pass
+    is S (B, H, K, V) alone. Its matrices are called *_proj (for Muon and FLOPs), the last one out_proj; those that a
     write needs stand in train.WRITERS, and train.block_flops counts a delta rule's 6 K V per token and head (4 where
     nothing is read). What is drawn in another way than matrices are is drawn in init_weights.
     """
 
     def __init__(self, config):
         super().__init__()
-        d, self.heads = config.d_model, config.value_heads
-        self.key_dim, self.value_dim, self.group = config.key_dim, config.value_dim, self.heads // config.delta_heads
-        keys, values = config.delta_heads * self.key_dim, self.heads * self.value_dim
+        d, self.heads, self.key_dim, self.value_dim = (
+            config.d_model,
+            config.delta_heads,
+            config.key_dim,
+            config.value_dim,
+        )
+        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
         self.q_proj = nn.Linear(d, keys, bias=False)
         self.k_proj = nn.Linear(d, keys, bias=False)
         self.v_proj = nn.Linear(d, values, bias=False)
@@ -293,9 +297,8 @@ class GatedDeltaNet(nn.Module):
         return S.requires_grad_(torch.is_grad_enabled())
 
     def keys(self, x):
-        """q or k before its norm (B, T, C) -> (B, T, H, K), L2-normalised, each for its group of value heads."""
-        x = l2norm(x.unflatten(-1, (-1, self.key_dim)))
-        return x if self.group == 1 else x.repeat_interleave(self.group, 2)
+        """q or k before its norm (B, T, H*K) -> (B, T, H, K), L2-normalised."""
+        return l2norm(x.unflatten(-1, (-1, self.key_dim)))
 
     def gates(self, a, b):
         """g = -exp(A_log) softplus(a + dt_bias) <= 0 and beta = sigmoid(b), each (B, T, H), in the weights' dtype."""
@@ -461,7 +464,7 @@ class Model(nn.Module):
 
     def compile_blocks(self):
         """Compile each block, not the stack: equal blocks share one compilation, and passes and chunks reuse it."""
-        torch._dynamo.config.recompile_limit = 32  # the blocks have one code and, with --learn delta, nine variants
+        torch._dynamo.config.recompile_limit = 32  # counted over all blocks, which share one forward: nine at most
         torch._functorch.config.backward_pass_autocast = "off"  # else the float32 parts' backward would be in bfloat16
         for block in self.layers:
             block.compile(dynamic=False)
@@ -522,11 +525,11 @@ PRETRAINED = {
         "qwen3_5_text", "4:20", "Qwen/Qwen3.5-2B", "Apache-2.0"),
     # not in the paper: where its six delta blocks stand, and their size (8 % more parameters here)
     "ouro-1.4b": Pretrained(
-        ModelConfig(49_152, 6 * "AAAAd", 2048, 16, 16, 5632, delta_heads=8, key_dim=128, dynamic_conv=256,
-                    sandwich=True, norm_loop=True, **JET),
+        ModelConfig(49_152, 6 * "AAAAd", d_model=2048, n_head=16, d_mlp=5632, delta_heads=8, key_dim=128,
+                    dynamic_conv=256, sandwich=True, norm_loop=True, **JET),
         "ouro", "0:30", "ByteDance/Ouro-1.4B", "Apache-2.0"),
     "jet-nemotron-2b": Pretrained(
-        ModelConfig(151_936, 14 * "D" + "ADDDDAWW" + 6 * "D", 1536, 12, 2, 8960, delta_heads=12, key_dim=96,
-                    dynamic_conv=384, window=1152, qkv_bias=True, tied=True, **JET),
+        ModelConfig(151_936, 14 * "D" + "ADDDDAWW" + 6 * "D", d_model=1536, n_head=12, n_kv_head=2, d_mlp=8960,
+                    delta_heads=12, key_dim=96, dynamic_conv=384, window=1152, qkv_bias=True, tied=True, **JET),
         "jet_nemotron", "7:21", "jet-ai/Jet-Nemotron-2B", NVIDIA),
 }  # fmt: skip

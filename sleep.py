@@ -23,6 +23,7 @@ not evicted) and writes S, too:
 Read next: eval.py
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -42,9 +43,10 @@ from model import FAST_MIXERS, LayerState
 class Chunk(NamedTuple):
     """One window: tokens start..stop-1 of the sequence, L of them or, at the end, fewer.
 
-    n_logits: how many of a row's positions the output head sees. 0: none is scored, the model sleeps over the chunk.
-    All, or a power of two from 8 on that holds the scored ones (so that few shapes occur), where that is a quarter of
-    the chunk or less: with the vocabulary of a public checkpoint the head costs more than a block.
+    n_logits: on how many positions of each row the output head runs. 0: none is scored, the model sleeps over the
+    chunk. Otherwise the scored ones of the row that has most, rounded up to a power of two, at least 8 (few shapes, so
+    few compilations), if that is a quarter of the chunk or less; else all of it. With the vocabulary of a public
+    checkpoint the head costs more than a block.
     """
 
     start: int
@@ -78,11 +80,14 @@ def split_chunks(m, L):
 
 @dataclass(frozen=True)
 class SleepConfig:
-    """How a model sleeps: in training, in evaluation and on a stream. Raises ValueError for numbers without sense."""
+    """How a model sleeps: in training, in evaluation and on a stream. Raises ValueError for numbers without sense.
+
+    In this file `config` is one of these; the model's own is `model.config`.
+    """
 
     N: int = 1  # passes over a window; 1 is the ordinary hybrid
     loop: tuple | None = None  # (first, last+1) of the blocks that are looped, all by default
-    keep: float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
+    keep: int | float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
     causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
     tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
     reinject: bool = False  # not in the paper: every later pass sees the embedded tokens again, added to the features
@@ -91,6 +96,8 @@ class SleepConfig:
     def __post_init__(self):
         if not 1 <= self.N <= 1000:
             raise ValueError(f"N must be 1 to 1000 passes, got {self.N}")
+        if self.keep != math.inf and not (isinstance(self.keep, int) and self.keep >= 0):
+            raise ValueError(f"keep is a number of tokens, 0 or more, or infinity, got {self.keep}")
         if not 0 <= self.tol < math.inf:
             raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
         if self.pass_clip and not 1 <= self.pass_clip < math.inf:
@@ -108,10 +115,10 @@ def kept_tokens(eviction, L):
 
 
 def evict(state, config):
-    """The fast weights S stay, caches and convolution histories go, but for the last config.keep tokens of the cache.
+    """S stays. With config.keep = 0 (hard eviction) nothing else does.
 
-    config: a SleepConfig; keep = 0 is hard eviction, infinity none. With more than 0 the convolution's history stays
-    too: the sequence goes on. Gradients flow through all that stays.
+    Otherwise the last `keep` tokens of each cache stay (infinity: all), and the convolutions' histories, because the
+    sequence goes on. Gradients flow through all that stays.
     """
     if not config.keep:
         return [LayerState(S=layer.S) for layer in state]
@@ -130,7 +137,7 @@ def attention_span(config):
     return config.keep + 1 if config.keep else math.inf
 
 
-def passes(pattern, config):
+def blocks_of_passes(pattern, config):
     """The block indices of each of N passes over a sleeping chunk, a list of lists.
 
     The first pass enters through the blocks before the looped ones (prelude), the last one leaves through those behind
@@ -161,15 +168,16 @@ def limit_gradient(x, limit, times):
     """not in the paper: in the backward, scale each row's gradient of x (B, ...) down to `times` that of the last pass.
 
     limit: a list, empty at first, for the same tensor of all passes over a window. The backward meets the last pass
-    first, whose gradient's norm is the measure of all. Through many passes it can grow a thousandfold otherwise.
+    with a gradient first (for the features under hard eviction the last but one: nothing reads the last one's), whose
+    norm is the measure of all. Through many passes it can grow a thousandfold otherwise.
     """
 
     def scale(grad):
         if grad is None:  # a compiled block asks also for an output that nobody read
             return None
         norm = grad.flatten(1).norm(dim=1)  # (B,)
-        if not limit:
-            limit.append(times * norm)
+        # with tol a row may have no gradient from passes that others took: its own last one is the first that has
+        limit[:] = [torch.where(limit[0] > 0, limit[0], times * norm) if limit else times * norm]
         factor = (limit[0] / norm.clamp_min(1e-30)).clamp(max=1)
         return grad * factor.view(-1, *(1,) * (grad.dim() - 1))
 
@@ -189,7 +197,7 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
         fed_in = next_input(model, h, embedded, config) if n > 1 else h
         return fed_in, *model.blocks(fed_in, *args)
 
-    for n, layers in enumerate(passes(model.config.pattern, config), 1):
+    for n, layers in enumerate(blocks_of_passes(model.config.pattern, config), 1):
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,
         # which under hard eviction are empty
         # not in the paper: that the convolution's history is not kept between passes
@@ -213,8 +221,8 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
 def sleep(model, h, state, config, use_checkpoint=False, on_pass=None):
     """Lines 6 and 7, then the eviction, which the algorithm does not number. Arguments as in sleep_passes.
 
-    on_pass: called after every pass with its number and relative_change. Returns the new state, the features that
-    entered the last pass, and how many passes each row slept, (B,) int64.
+    on_pass: called after every pass with its number and relative_change, also of rows that have settled. Returns the
+    new state, the features that entered the last pass, and how many passes each row slept, (B,) int64.
     """
     each_pass = sleep_passes(model, h, state, config, use_checkpoint)
     if on_pass:
@@ -237,7 +245,7 @@ class Algorithm1(nn.Module):
 
     def __init__(self, model, config, use_checkpoint=False, answer_passes=1):
         super().__init__()
-        passes(model.config.pattern, config)  # refuse a bad loop now, not in the first step
+        blocks_of_passes(model.config.pattern, config)  # refuse a bad loop now, not in the first step
         self.model, self.config, self.use_checkpoint, self.answer_passes = model, config, use_checkpoint, answer_passes
 
     def logits(self, x, m, chunks):
@@ -347,7 +355,7 @@ def merge_rows(take, a, b):
 
 
 @torch.no_grad()
-def answer(model, state, x, max_new, config):
+def answer(model, x, state, max_new, config):
     """Greedy decoding inside one window: x (B, T >= 1) ids on top of a state -> the next max_new ids, (B, max_new).
 
     One pass per new token; the window's own cache grows, the past is known through S and what the last eviction left.
@@ -371,7 +379,7 @@ class Sleeper:
     """
 
     def __init__(self, model, config, L, batch=1, on_pass=None):
-        passes(model.config.pattern, config)
+        blocks_of_passes(model.config.pattern, config)
         if batch < 1 or L < 1:
             raise ValueError(f"a batch of {batch} and a window of {L} tokens: use at least 1")
         if model.config.n_pos and L > model.config.n_pos:
@@ -436,7 +444,7 @@ class Sleeper:
         if x.shape[1] + max_new - 1 > self.L:
             parts = f"{self.window.shape[1]} tokens in the window, {tokens.shape[1]} of question, {max_new} of answer"
             raise ValueError(f"{parts} do not fit into L = {self.L}: call sleep() first, or ask less")
-        return answer(self.model, self.state, x, max_new, self.config)
+        return answer(self.model, x, self.state, max_new, self.config)
 
     def save(self, path):
         """Write memory and settings as plain tensors and numbers, under a temporary name first.
@@ -445,8 +453,12 @@ class Sleeper:
         """
         memory = {"format": 2, "model": fingerprint(self.model), "config": asdict(self.config), "L": self.L}
         memory |= {"window": self.window, "state": [tuple(layer) for layer in self.state]}
-        torch.save(memory, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        try:
+            torch.save(memory, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(f"{path}.tmp")
 
     @classmethod
     def load(cls, path, model):

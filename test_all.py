@@ -53,8 +53,8 @@ from sleep import (
     Chunk,
     SleepConfig,
     Sleeper,
+    blocks_of_passes,
     kept_tokens,
-    passes,
     read_plain,
     sleep,
     sleep_passes,
@@ -855,7 +855,9 @@ def test_model_refuses_a_window_beyond_its_learned_positions():
 
 
 @pytest.mark.parametrize(
-    "wrong", ({"pattern": "AXA"}, {"pattern": ""}, {"d_model": 30}, {"n_kv_head": 3}, {"pattern": "ad"}), ids=str
+    "wrong",
+    ({"pattern": "AXA"}, {"pattern": ""}, {"d_model": 30}, {"n_kv_head": 3}, {"pattern": "ad"}, {"n_head": 0}),
+    ids=str,
 )
 def test_model_refuses_what_is_no_architecture(wrong):
     """A typing error becomes another model instead of a message."""
@@ -1018,6 +1020,22 @@ def test_sleep_pass_clip_limits_each_row_of_each_pass(pattern, times, use_checkp
     for a, b in zip(got[1:], want):
         assert (a is None and not b.any()) or error(a, b) <= 1e-9
     assert any(held) == (times < 1e9) and not all(held)
+
+
+def test_sleep_pass_clip_of_rows_that_settle():
+    """A row that wakes before others in its batch (tol) has its gradients limited to that of a pass it did not take."""
+    model, x = random_model("AD"), random_ids(4, 2 * L)
+    m = torch.arange(2 * L).expand(4, -1) >= L
+    algorithm = Algorithm1(model, SleepConfig(6, tol=0.6, pass_clip=1e9))
+
+    def gradients(rows):
+        loss, _, stats = algorithm(x[rows], x[rows].roll(-1, 1), m[rows], split_chunks(m, L))
+        return torch.autograd.grad(loss, list(model.parameters())), float(stats["passes"])
+
+    alone, passes = zip(*(gradients(slice(i, i + 1)) for i in range(4)))
+    assert len(set(passes)) > 1
+    for whole, *each in zip(gradients(slice(None))[0], *alone):
+        assert error(whole, sum(each)) <= 1e-9
 
 
 @pytest.mark.parametrize("eviction", ("hard", "sliding", "all"))
@@ -1366,6 +1384,9 @@ def test_sleep_memory_survives_a_file(eviction, tmp_path):
     sleeper.feed(random_ids(2, 5 * L))
     assert sum(a.nbytes for a in state_tensors(sleeper.state)) == size > 0
     sleeper.save(tmp_path / "memory.pt")
+    with mock.patch("torch.save", side_effect=OSError("No space left on device")), pytest.raises(OSError):
+        sleeper.save(tmp_path / "memory.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.pt"]
     again, more = Sleeper.load(tmp_path / "memory.pt", model), random_ids(2, L)
     for each in (sleeper, again):
         each.feed(more)
@@ -1437,7 +1458,14 @@ def test_sleep_stream_refuses_bad_input_and_goes_on():
     for wrong in ({"L": L + 1}, {"batch": 0}, {"L": 0}):
         with pytest.raises(ValueError):
             Sleeper(model, SleepConfig(1), **{"L": L} | wrong)
-    for wrong in ({"N": 0}, {"tol": -0.1}, {"tol": float("nan")}, {"tol": 0.1, "loop": (1, 3)}):
+    for wrong in (
+        {"N": 0},
+        {"tol": -0.1},
+        {"tol": float("nan")},
+        {"tol": 0.1, "loop": (1, 3)},
+        {"keep": -3},
+        {"keep": 2.5},
+    ):
         with pytest.raises(ValueError):
             SleepConfig(**wrong)
 
@@ -1485,7 +1513,7 @@ def test_sleep_rows_may_end_early():
 )
 def test_sleep_passes(pattern, N, loop, want):
     """A pass runs the wrong blocks: prelude or coda repeated, or dead blocks at the end computed."""
-    assert passes(pattern, SleepConfig(N, loop)) == want
+    assert blocks_of_passes(pattern, SleepConfig(N, loop)) == want
 
 
 def test_sleep_computes_nothing_after_the_last_write():
@@ -1506,7 +1534,7 @@ def test_sleep_computes_nothing_after_the_last_write():
 def test_sleep_passes_refuses(pattern, N, loop):
     """A model that cannot sleep is trained all the same; also through Algorithm1."""
     with pytest.raises(ValueError):
-        passes(pattern, SleepConfig(N, loop))
+        blocks_of_passes(pattern, SleepConfig(N, loop))
     with pytest.raises(ValueError):
         Algorithm1(random_model(pattern), SleepConfig(N, loop))
 
@@ -2416,8 +2444,11 @@ def test_eval_asks_for_other_hops_than_trained(hops, tmp_path, monkeypatch, caps
     config, out = config_of(flags, "--steps", 2, "--out", tmp_path / "run"), tmp_path / "hops.json"
     assert train.run(config) == 0
     argv = [config.out, "--n", 30, "--t", 4, 5, "--N", 2, 3, "--json", out, "--mistakes", 1]
+    capsys.readouterr()
     assert run_main(evaluation.main, monkeypatch, argv) == 0
     printed = capsys.readouterr().out
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| hops 4 |")]
+    assert lines and all((line[1].strip() == "") == bool(hops) for line in lines)  # t=4 and 5 ask for 1 to t, or for t
     size = f"depo, nodes 6, hops {'1 to t of 5' if hops else 't'}, queries 5"
     assert "| hops 5 |" in printed and f"{config.out}, t=5 |" in printed and size in printed
     assert ("evaluated t 5" in printed) == bool(hops)
@@ -2464,7 +2495,7 @@ def test_eval_linear_probe_finds_what_is_there_and_nothing_else():
 def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkeypatch, capsys):
     """`--probe` looks at another state than the one after a pass, or its report lacks a part."""
     model, task, config, _ = evaluation.load_run(finished["rule110"], "cpu")
-    x, memory, change = evaluation.memories(model, task, config, "test", 0, 6)
+    x, memory, change = evaluation.memories(model, task, config, "test", 6, 0)
     assert torch.equal(x, task.batch(0, "test", 0, evaluation.batch_size(task))[0][:6])
     after = []
     for first, last in ((1, 1), (2, 2), (2, 1)):  # the passes over the two windows
@@ -2554,7 +2585,7 @@ def test_eval_chat_is_the_sleeper(task, finished, tmp_path, monkeypatch, capsys)
 def run_of(path, rows=None, **flags):
     """A scored run as in a results file, of Rule 110 at the paper's sizes unless flags say otherwise."""
     config = evaluation.LATER_FLAGS | dict(task="rule110", N=4, seed=0, t=12, width=24, strings=4, L=24)
-    config |= dict(loop=None, steps=10) | flags
+    config |= dict(loop=None, positions=False, steps=10) | flags
     rows = rows or {f"t={config['t']} exact": {"accuracy": config["t"] / 20, "n": 9}}
     asked = {"evaluated_N": config["N"], "evaluated_t": config["t"], "tol": 0.0}
     return asked | {"path": path, "config": config, "step": 10, "rows": rows, "passes": 4.0}
@@ -2717,11 +2748,14 @@ def test_eval_table_of_measurements(tmp_path, monkeypatch, capsys):
         assert run_main(evaluation.main, monkeypatch, [out, "--table", *wrong]) == 2
         assert_one_line(capsys.readouterr().err, part)
     run = dict(shape="Depo", backward=False, graph=False, floor=2e-6)
-    rows = [run | dict(impl="recurrent", median=1e-3, ratio=500.0), run | dict(impl="triton", median=4e-6, ratio=2.0)]
+    rows = [run | dict(impl="recurrent", median=1e-3, low=9e-4, high=1e-3, ratio=500.0)]
+    rows += [run | dict(impl="triton", median=4e-6, low=4e-6, high=4e-6, ratio=2.0)]
     out.write_text(json.dumps({"bandwidth": 1, "rows": rows}))
     assert run_main(evaluation.main, monkeypatch, [out, "--table"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("| floor | recurrent | triton |") and lines[2].endswith("| 2 | 1,000 (500.0) | 4 (2.0) |")
+    assert lines[0].endswith("| floor | recurrent | triton |") and lines[2].endswith(
+        "| 2 | 1,000 ± 5 % (500.0) | 4 ± 0 % (2.0) |"
+    )
 
 
 def test_eval_budget_table_says_what_training_cost(tmp_path, monkeypatch, capsys):
@@ -2803,6 +2837,10 @@ BAD_QUESTIONS = {
     "cost until settled": ("{depo} --cost --tol 0.1", "--tol"),
     "probe of other steps": ("{rule110} --probe --t 2", "--t"),
     "rows of what": ("{depo} --rows hops", "--rows"),
+    "problems of a cost": ("{depo} --cost --n 5", "--n"),
+    "mistakes of a cost": ("{depo} --cost --mistakes 0", "--mistakes"),
+    "a split to talk to": ("{depo} --chat --split val", "--split"),
+    "tokens of scores": ("{depo} --tokens 100", "--tokens"),
     "budget of what": ("{depo} --budget", "--budget"),
     "probe of the problems it was fitted to": ("{rule110} --probe --split train", "--split"),
     "probe of one run twice": ("{rule110} {rule110} --probe", "--probe"),
@@ -2819,6 +2857,29 @@ def test_eval_refuses_bad_flags_in_one_line(case, finished, monkeypatch, capsys)
     capsys.readouterr()
     assert run_main(evaluation.main, monkeypatch, flags.format(**finished).split()) == 2
     assert_one_line(capsys.readouterr().err, part)
+
+
+def test_eval_keeps_what_was_scored(finished, tmp_path, monkeypatch, capsys):
+    """An evaluation that is interrupted, or cannot print its tables, loses the runs that it has scored."""
+    argv = [finished["depo"], "--n", 16, "--N", 1, 2, "--mistakes", 0]
+    score, scored = evaluation.score_run, []
+
+    def interrupted(run, *others):
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        scored.append(run)
+        score(run, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "score_run", interrupted)
+        assert run_main(evaluation.main, patch, [*argv, "--json", tmp_path / "one.json"]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "report", mock.Mock(side_effect=BrokenPipeError("Broken pipe")))
+        assert run_main(evaluation.main, patch, [*argv, "--json", tmp_path / "two.json"]) == 2
+    capsys.readouterr()
+    for name, n in (("one", 1), ("two", 2)):
+        runs = json.loads((tmp_path / f"{name}.json").read_text())["runs"]
+        assert [run["evaluated_N"] for run in runs] == [1, 2][:n] and all(run["rows"] for run in runs)
 
 
 def test_eval_command_draws(finished, tmp_path, monkeypatch):
@@ -2939,7 +3000,7 @@ def test_eval_probe_is_fitted_to_other_problems(finished, tmp_path, monkeypatch)
     monkeypatch.setattr(evaluation, "evaluate", lambda *a: woken.append((a[0].config.N, *a[2:6])) or evaluate(*a))
     argv = "--probe --N 3 --n 64 --seed 1 --split val".split()
     assert run_main(evaluation.main, monkeypatch, [finished["rule110"], *argv]) == 0
-    assert asked == [(3, "train", 1, 300), (3, "val", 1, 64)]
+    assert asked == [(3, "train", 300, 1), (3, "val", 64, 1)]
     assert woken == [(n, "val", 8, 64, 1) for n in (1, 2, 3)]
 
 
@@ -3439,6 +3500,25 @@ def test_train_workers_make_the_same_batches():
             assert one[3] == other[3] and all(torch.equal(x, y) for x, y in zip(one[:3], other[:3]))
 
 
+def test_train_keeps_the_model_when_a_worker_dies(tmp_path, monkeypatch, capsys):
+    """A worker that is killed takes with it what the model has learned since the last checkpoint."""
+    config = config_of(RULE110, "--workers", 1, "--out", tmp_path / "run")
+
+    def kill(trainer):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+
+    with monkeypatch.context() as patch:
+        after_step(patch, [7], kill)
+        with pytest.raises(ValueError, match="a worker died at step .* --resume goes on"):
+            train.run(config)
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert 7 <= saved["step"] <= 10 and log_lines(tmp_path / "run")[-1]["step"] == saved["step"]
+    config.resume = True
+    assert train.run(config) == 0
+
+
 def test_train_in_two_stages(tmp_path):
     """The paper's warm-up: a frozen weight learns, a delta layer does not, or the second stage starts elsewhere."""
     first = ("--learn", "delta", "--weight-decay", "0.1", "--out", tmp_path / "first")
@@ -3932,11 +4012,11 @@ def plain_jet_nemotron(w, x, pattern, n_head, theta, window):
 
 SMALL = {  # the same forms, sizes that a test can run
     "qwen3.5-0.8b": dict(vocab_size=512, pattern="DDDA", d_model=32, n_head=4, n_kv_head=2, d_mlp=48, head_dim=16,
-                         rope_dim=4, delta_heads=2, value_heads=4, key_dim=8),
+                         rope_dim=4, delta_heads=2, key_dim=8),
     "ouro-1.4b": dict(vocab_size=512, pattern="AAdAd", d_model=32, n_head=4, n_kv_head=4, d_mlp=48, head_dim=8,
-                      rope_dim=8, delta_heads=2, value_heads=2, key_dim=8, value_dim=16, dynamic_conv=4),
+                      rope_dim=8, delta_heads=2, key_dim=8, value_dim=16, dynamic_conv=4),
     "jet-nemotron-2b": dict(vocab_size=512, pattern="DAWD", d_model=32, n_head=4, n_kv_head=2, d_mlp=48, head_dim=8,
-                            rope_dim=8, delta_heads=2, value_heads=2, key_dim=12, value_dim=16, dynamic_conv=4,
+                            rope_dim=8, delta_heads=2, key_dim=12, value_dim=16, dynamic_conv=4,
                             window=3),
 }  # fmt: skip
 
@@ -3946,7 +4026,7 @@ def small_public(monkeypatch):
     """The public architectures at the sizes of SMALL, under their own names."""
     for name, sizes in SMALL.items():
         public = PRETRAINED[name]
-        config = replace(public.config, **({"value_heads": 0, "value_dim": 0} | sizes))
+        config = replace(public.config, **({"value_dim": 0} | sizes))
         loop = {"qwen3.5-0.8b": "0:4", "ouro-1.4b": "0:5", "jet-nemotron-2b": "0:3"}[name]
         monkeypatch.setitem(PRETRAINED, name, public._replace(config=config, loop=loop))
 
@@ -3955,7 +4035,7 @@ def public_tensors(name, dtype=torch.float32):
     """Random tensors of a checkpoint of PRETRAINED[name], with the published names and shapes."""
     public = PRETRAINED[name]
     model, tensors, c = Model(public.config), {}, public.config
-    shapes = {"in_proj_qkv": (2 * c.delta_heads * c.key_dim + c.value_heads * c.value_dim, c.d_model)}
+    shapes = {"in_proj_qkv": (2 * c.delta_heads * c.key_dim + c.delta_heads * c.value_dim, c.d_model)}
     shapes[".conv1d"] = (shapes["in_proj_qkv"][0], 1, c.conv)
     for own, p in model.named_parameters():
         theirs = train.public_name(own, public)
@@ -4059,7 +4139,7 @@ def test_public_qwen_is_the_transformers_model(small_public, tmp_path):
         vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_mlp, num_hidden_layers=len(c.pattern),
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, tie_word_embeddings=True,
         linear_key_head_dim=c.key_dim, linear_value_head_dim=c.value_dim, linear_num_key_heads=c.delta_heads,
-        linear_num_value_heads=c.value_heads,
+        linear_num_value_heads=c.delta_heads,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": 0.25},
     )  # fmt: skip
     reference = transformers.Qwen3_5ForCausalLM(config).eval()

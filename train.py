@@ -63,7 +63,7 @@ from eval import (
 )
 from kernels import pick_impl, triton, why_not_triton
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig, init_weights, rope_table
-from sleep import EVICTIONS, attention_span, passes, split_chunks
+from sleep import EVICTIONS, attention_span, blocks_of_passes, split_chunks
 
 # -----------------------------------------------------------------------------
 # what can be set
@@ -123,7 +123,9 @@ class Config:
     pass_clip: float = flag(0.0, "no pass gets more than this many times the last one's gradient; 0: as much as it is")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     grow: float = flag(
-        0.0, "with --t: draw n of N passes, ask for n/N of t (rounded down); the most grows to N in this share of steps"
+        0.0,
+        "with --t: each step draws n passes, half of the time the most allowed, and asks for n/N of t (rounded down); "
+        "what is allowed doubles from 1 to N over this share of the steps",
     )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
@@ -222,8 +224,10 @@ PRETRAINED_PRESETS = {
 def check_public(config, given):
     """Refuse what --init-from does not go with, before anything is read. Raises ValueError with one clear line."""
     if not config.init_from:
-        if wrong := {"init_dir", "problems"} & given or {config.preset} & {"sliding", "demo"}:
-            raise ValueError(f"{min(wrong).replace('_', '-')} needs --init-from: add it, or leave that out")
+        wrong = [f"--{name.replace('_', '-')}" for name in ("init_dir", "problems") if name in given]
+        wrong += [f"--preset {config.preset}"] if config.preset in ("sliding", "demo") else []
+        if wrong:
+            raise ValueError(f"{wrong[0]} needs --init-from: add it, or leave that out")
         return
     public = PRETRAINED[config.init_from]
     if config.task != "gsm":
@@ -460,15 +464,17 @@ class Batches:
     def get(self, step):
         """The batch of one step; the next ones start being made.
 
-        Returns its micro-batches, (x, y, m, chunks) each, on the device, and the scored tokens of the global batch.
+        Returns its micro-batches, (x, y, m, chunks) each, on the device, and how many tokens of the global batch are
+        scored. Raises ValueError if a worker died.
         """
         wanted = range(step, min(step + 2 + self.config.workers, self.config.steps))
         try:
             self.ahead = {s: self.ahead.get(s) or self._make(s) for s in wanted}
             tensors = [torch.from_numpy(a) for a in self.ahead[step].result()]
         except BrokenProcessPool:
-            how = "use fewer --workers; --resume goes on if there is a checkpoint"
-            raise ValueError(f"a worker died at step {step} (memory?): {how}") from None
+            raise ValueError(
+                f"a worker died at step {step} (memory?): --resume goes on, with fewer --workers"
+            ) from None
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
@@ -614,7 +620,8 @@ class Trainer:
             return self.train_step(micro, count)
         except torch._dynamo.exc.ShortenTraceback as error:  # the base of all that a missing compiler raises
             reason = str(error).strip().splitlines()[0][:160]
-            print(f"cannot compile here, training goes on eagerly and slower ({reason})", file=sys.stderr)
+            how = "interrupted, or no compiler here: this run goes on eagerly and slower"
+            print(f"compiling failed ({how}): {reason}", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
             self.config.compile = False  # so says result.json
             for optimizer in self.optimizers:
@@ -754,7 +761,15 @@ def train_loop(trainer, batches, log, interrupts):
         validate(trainer, log)  # the run was killed between saving and this
     earlier, started = trainer.seconds, time.perf_counter()
     while trainer.step < config.steps and not reason:
-        log.add(step_fn(*batches.get(trainer.step)))
+        try:
+            batch = batches.get(trainer.step)
+        except ValueError:  # no batch, but what has been learned is whole
+            trainer.seconds += time.perf_counter() - started
+            if log.pending:
+                log.flush()
+            trainer.save(os.path.join(config.out, "ckpt.pt"))
+            raise
+        log.add(step_fn(*batch))
         step_fn = trainer.train_step
         minutes = (trainer.seconds - earlier + time.perf_counter() - started) / 60  # a resumed run has them anew
         # rank 0 decides: on the others the clock also runs while they wait for its validations and checkpoints
@@ -834,7 +849,7 @@ def flops_per_step(config, task, chunks):
             total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
             total += 2 * n_logits * model.config.d_model * model.config.vocab_size
             continue
-        *order, last = sum(passes(pattern, rules), [])
+        *order, last = sum(blocks_of_passes(pattern, rules), [])
         total += sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
         total += block_flops(layers[last], *seen, write_only=not rules.keep, causal=rules.causal)
     return 3 * round(total) * config.batch
@@ -1073,7 +1088,7 @@ def check_public_config(folder, public):
             "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
             "tie_word_embeddings": c.tied, "layer_types": [types[kind] for kind in kinds],
             "partial_rotary_factor": c.rope_dim / c.head_dim, "linear_num_key_heads": c.delta_heads,
-            "linear_num_value_heads": c.value_heads, "linear_key_head_dim": c.key_dim,
+            "linear_num_value_heads": c.delta_heads, "linear_key_head_dim": c.key_dim,
             "linear_value_head_dim": c.value_dim, "linear_conv_kernel_dim": c.conv, "head_dim": c.head_dim,
             "jet.head_dim": c.key_dim, "jet.num_heads": c.delta_heads, "jet.conv_size": c.conv,
             "swa.window_size": c.window}  # fmt: skip
@@ -1127,7 +1142,7 @@ def own_part(name, theirs, tensor, config):
     """What of a public checkpoint's tensor is our parameter `name`: some hold several of ours."""
     module = name.split(".")[-2]
     if "in_proj_qkv" in theirs or "conv1d.weight" in theirs:  # q, k and v of a delta layer
-        keys, values = config.delta_heads * config.key_dim, config.value_heads * config.value_dim
+        keys, values = config.delta_heads * config.key_dim, config.delta_heads * config.value_dim
         part = tensor.split((keys, keys, values))["qkv".index(module.replace("conv_", "")[0])]
         return part.squeeze(1) if part.dim() == 3 else part  # a convolution is (C, 1, taps) there
     if config.attention_gate and "self_attn.q_proj" in theirs:  # query and gate of a head side by side
