@@ -20,6 +20,7 @@ Read next: train.py
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -590,10 +591,15 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def save_figure(figure, path):
-    """Write a figure as PNG, whole or not at all, and forget it."""
+def fingerprint(drawn):
+    """A hash of what a figure shows, which its PNG carries: so a test knows whether the results changed since."""
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+
+
+def save_figure(figure, path, drawn):
+    """Write a figure of some results, JSON types, as PNG, whole or not at all, and forget it."""
     with whole_file(path) as name:
-        figure.savefig(name, dpi=150, format="png")
+        figure.savefig(name, dpi=150, format="png", metadata={"Description": fingerprint(drawn)})
     import_pyplot().close(figure)
 
 
@@ -649,29 +655,41 @@ def draw_floors(ax, rows, place=None):
         ax.hlines(levels, x - 0.45, x + 0.45, color=colour, linestyle=":", lw=1.3, label=label)
 
 
+def label_ends(ax, x, ends):
+    """Write each curve's t at its end. ends: (accuracy, t, colour) each; what would overlap becomes one label."""
+    ends = sorted(ends)
+    while ends:
+        y, _, colour = ends[0]
+        close = [t for other, t, _ in ends if other < y + 5]
+        ax.annotate(f" t={', '.join(map(str, sorted(set(close))))}", (x, y), color=colour, fontsize=8)
+        ends = ends[len(close) :]
+
+
 def draw_curves(ax, columns):
     """Left panel: validation accuracy against training tokens."""
-    several_t = len({run["config"].get("t") for runs in columns.values() for run in runs}) > 1
+    every_t = sorted({run["config"].get("t") for runs in columns.values() for run in runs})
+    shades = dict(zip(every_t, list(COLOURS.values())[1:])) if len(columns) == 1 and len(every_t) > 1 else {}
+    ends = []
     end = max((max(run["curve"]["tokens"], default=0) for runs in columns.values() for run in runs), default=0)
     unit, word = (1e9, "billions") if end >= 1e9 else (1e6, "millions") if end >= 1e6 else (1e3, "thousands")
     for header, runs in columns.items():
         colour, dashes = looks(columns)[header]
         for t, seeds in by_t(runs).items():
+            colour = shades.get(t, colour)
             curves = [dict(zip(run["curve"]["tokens"], run["curve"]["accuracy"])) for run in seeds]
             x = sorted(set.intersection(*(set(curve) for curve in curves)))
             if not x:
                 continue
             draw_line(ax, np.divide(x, unit), [[100 * c[i] for i in x] for c in curves], colour, dashes)
-            if several_t:
-                ax.annotate(
-                    f" t={t}", (x[-1] / unit, np.mean([100 * c[x[-1]] for c in curves])), color=colour, fontsize=8
-                )
+            ends.append((float(np.mean([100 * c[x[-1]] for c in curves])), t, colour))
             if seeds[0]["config"]["task"] == "rule110" and (points := paper_points(seeds[0])):
                 tokens = np.multiply(points[0], 1e9 / unit)
                 ax.plot(tokens, points[1], color=colour, lw=0.8, alpha=0.6, ls=(0, (1, 1)))
                 ax.plot(tokens, points[1], color=colour, **PAPER_STYLE)
+    if len(every_t) > 1:
+        label_ends(ax, end / unit, ends)
     first = next(iter(columns.values()))[0]
-    if not several_t and first["evaluated_t"] == first["config"].get("t"):
+    if len(every_t) == 1 and first["evaluated_t"] == first["config"].get("t"):
         draw_floors(ax, first["rows"])
     what = {"rule110": "all answers exact", "gsm": "all op"}.get(first["config"]["task"], "all questions")
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
@@ -786,9 +804,11 @@ def plot(columns, path, problems):
     t = sorted({run["evaluated_t"] for run in runs} - {None})
     sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
+    asleep = sorted({run["config"]["sleep_attention"] for run in runs})
+    sizes = "reduced size: " * (config["preset"] != "paper") + sizes + f"; asleep attention is {' or '.join(asleep)}"
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, {header: [[r["curve"], r["rows"]] for r in group] for header, group in columns.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -1066,7 +1086,7 @@ def plot_probe(results, path):
     config = results[0]["config"]
     Ns = f"trained with N={config['N']}, probed with N={results[0]['evaluated_N']}"
     figure.suptitle(f"{describe(config)}; {Ns}; {len(results)} seed(s)", fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, results)
 
 
 def report_probe(args, loaded):
@@ -1240,8 +1260,11 @@ def results_table(path, rows, budget, figure=None):
     saved = read_json(path, "give a results file that eval.py --json wrote")
     try:
         if "runs" not in saved or "held" in saved["runs"][0]:
-            if wrong := [name for name, given in (("rows", rows), ("budget", budget), ("plot", figure)) if given]:
+            unfit = {"rows": rows, "budget": budget, "plot": figure and "runs" not in saved}
+            if wrong := [name for name, given in unfit.items() if given]:
                 raise ValueError(f"{path} has no scored runs: leave --{wrong[0]} out")
+            if figure:
+                plot_probe(saved["runs"], figure)
             return other_table(saved)
         runs = [with_defaults(run, rows) for run in saved["runs"]]
         columns = columns_of(runs)
