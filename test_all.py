@@ -3371,6 +3371,37 @@ def test_train_cuda_graph_is_the_step_it_recorded(flags):
     batches.close()
 
 
+class Waits(TorchDispatchMode):
+    """Notes the operations whose result the host has to wait for: a number that is read, a shape that is data's."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal")
+        if (
+            func._schema.name.removeprefix("aten::") in waits
+            or func is torch.ops.aten.index.Tensor
+            and any(a is not None and a.dtype == torch.bool for a in args[1])
+        ):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", (RULE110, DEPO + " --checkpoint --pass-clip 2", DEPO + " --evict sliding --reinject"))
+def test_train_step_does_not_wait_for_the_device(flags):
+    """Forward, backward and clipping read a number from the device, for which the host then waits in every step."""
+    trainer = train.Trainer(config_of(flags, "--accumulate", 2))
+    batch = train.Batches(trainer.task, trainer.config).get(0)
+    with Waits() as waits:
+        trainer.gradients(*batch)
+    assert not waits.found
+    with Waits() as waits:
+        float(torch.ones(3)[torch.tensor([True, False, True])].sum())
+    assert len(waits.found) == 2
+
+
 @needs_gpu
 def test_train_compiled_gradients_on_a_gpu_are_the_eager_ones():
     """torch.compile fuses a backward wrongly, at sizes where it fuses other things than in small models."""
