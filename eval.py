@@ -655,20 +655,20 @@ def draw_floors(ax, rows, place=None):
         ax.hlines(levels, x - 0.45, x + 0.45, color=colour, linestyle=":", lw=1.3, label=label)
 
 
-def label_ends(ax, x, ends):
-    """Write each curve's t at its end. ends: (accuracy, t, colour) each; what would overlap becomes one label."""
-    ends = sorted(ends)
+def label_ends(ax, ends):
+    """Write each curve's t at its end. ends: (x, y, t, colour) each; labels that would overlap become one."""
     while ends:
-        y, _, colour = ends[0]
-        close = [t for other, t, _ in ends if other < y + 5]
-        ax.annotate(f" t={', '.join(map(str, sorted(set(close))))}", (x, y), color=colour, fontsize=8)
-        ends = ends[len(close) :]
+        x, y, _, colour = min(ends)
+        close = [end for end in ends if end[0] == x and end[1] < y + 5]
+        ax.annotate(f" t={', '.join(map(str, sorted({t for _, _, t, _ in close})))}", (x, y), color=colour, fontsize=8)
+        ends = [end for end in ends if end not in close]
 
 
 def draw_curves(ax, columns):
     """Left panel: validation accuracy against training tokens."""
     every_t = sorted({run["config"].get("t") for runs in columns.values() for run in runs})
-    shades = dict(zip(every_t, list(COLOURS.values())[1:])) if len(columns) == 1 and len(every_t) > 1 else {}
+    one_column = len(columns) == 1 and len(every_t) > 1
+    shades = dict(zip(every_t, itertools.cycle(list(COLOURS.values())[1:]))) if one_column else {}
     ends = []
     end = max((max(run["curve"]["tokens"], default=0) for runs in columns.values() for run in runs), default=0)
     unit, word = (1e9, "billions") if end >= 1e9 else (1e6, "millions") if end >= 1e6 else (1e3, "thousands")
@@ -681,13 +681,13 @@ def draw_curves(ax, columns):
             if not x:
                 continue
             draw_line(ax, np.divide(x, unit), [[100 * c[i] for i in x] for c in curves], colour, dashes)
-            ends.append((float(np.mean([100 * c[x[-1]] for c in curves])), t, colour))
+            ends.append((x[-1] / unit, float(np.mean([100 * c[x[-1]] for c in curves])), t, colour))
             if seeds[0]["config"]["task"] == "rule110" and (points := paper_points(seeds[0])):
                 tokens = np.multiply(points[0], 1e9 / unit)
                 ax.plot(tokens, points[1], color=colour, lw=0.8, alpha=0.6, ls=(0, (1, 1)))
                 ax.plot(tokens, points[1], color=colour, **PAPER_STYLE)
     if len(every_t) > 1:
-        label_ends(ax, end / unit, ends)
+        label_ends(ax, ends)
     first = next(iter(columns.values()))[0]
     if len(every_t) == 1 and first["evaluated_t"] == first["config"].get("t"):
         draw_floors(ax, first["rows"])

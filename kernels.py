@@ -689,9 +689,8 @@ def benchmark_table(rows):
     """
 
     def cell(row):
-        return (
-            f"{1e6 * row['median']:,.0f} ± {50 * (row['high'] - row['low']) / row['median']:.0f} % ({row['ratio']:.1f})"
-        )
+        spread = (row["high"] - row["low"]) / 2 / row["median"]
+        return f"{1e6 * row['median']:,.0f} ± {100 * spread:.0f} % ({row['ratio']:.1f})"
 
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     lines = [f"| B, T, H, K, V | | floor | {' | '.join(impls)} |", "| --- | --- | --: |" + " --: |" * len(impls)]

@@ -263,12 +263,8 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.heads, self.key_dim, self.value_dim = (
-            config.d_model,
-            config.delta_heads,
-            config.key_dim,
-            config.value_dim,
-        )
+        d, self.heads = config.d_model, config.delta_heads
+        self.key_dim, self.value_dim = config.key_dim, config.value_dim
         keys, values = self.heads * self.key_dim, self.heads * self.value_dim
         self.q_proj = nn.Linear(d, keys, bias=False)
         self.k_proj = nn.Linear(d, keys, bias=False)

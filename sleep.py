@@ -176,7 +176,7 @@ def limit_gradient(x, limit, times):
         if grad is None:  # a compiled block asks also for an output that nobody read
             return None
         norm = grad.flatten(1).norm(dim=1)  # (B,)
-        # with tol a row may have no gradient from passes that others took: its own last one is the first that has
+        # with tol, a row that settled early has no gradient from the passes after: its measure is the first that it has
         limit[:] = [torch.where(limit[0] > 0, limit[0], times * norm) if limit else times * norm]
         factor = (limit[0] / norm.clamp_min(1e-30)).clamp(max=1)
         return grad * factor.view(-1, *(1,) * (grad.dim() - 1))

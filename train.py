@@ -472,9 +472,8 @@ class Batches:
             self.ahead = {s: self.ahead.get(s) or self._make(s) for s in wanted}
             tensors = [torch.from_numpy(a) for a in self.ahead[step].result()]
         except BrokenProcessPool:
-            raise ValueError(
-                f"a worker died at step {step} (memory?): --resume goes on, with fewer --workers"
-            ) from None
+            how = "--resume goes on, with fewer --workers"
+            raise ValueError(f"a worker died at step {step} (memory?): {how}") from None
         count = int(tensors[2].sum())
         rows = self.config.batch // self.ranks
         mine = [a[self.rank * rows : (self.rank + 1) * rows].chunk(self.config.accumulate) for a in tensors]
