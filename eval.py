@@ -805,7 +805,9 @@ def plot(columns, path, problems):
     sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     asleep = sorted({run["config"]["sleep_attention"] for run in runs})
-    sizes = "reduced size: " * (config["preset"] != "paper") + sizes + f"; asleep attention is {' or '.join(asleep)}"
+    same_task = PAPER_SIZES.get(config["task"], {"preset": "paper"}).items() <= config.items()
+    reduced = config["preset"] == "tiny" or config["preset"] != "paper" and not same_task
+    sizes = "reduced size: " * reduced + sizes + f"; asleep attention is {' or '.join(asleep)}"
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
     save_figure(figure, path, {header: [[r["curve"], r["rows"]] for r in group] for header, group in columns.items()})
