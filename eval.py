@@ -591,15 +591,16 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def fingerprint(drawn):
-    """A hash of what a figure shows, which its PNG carries: so a test knows whether the results changed since."""
-    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+def fingerprint(runs):
+    """A hash of what a figure shows of some runs, which its PNG carries: so a test knows if they changed since."""
+    shown = [run if "held" in run else [run["curve"], run["rows"]] for run in runs]  # a probe, or scores
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
-def save_figure(figure, path, drawn):
-    """Write a figure of some results, JSON types, as PNG, whole or not at all, and forget it."""
+def save_figure(figure, path, runs):
+    """Write a figure of some runs as PNG, whole or not at all, and forget it."""
     with whole_file(path) as name:
-        figure.savefig(name, dpi=150, format="png", metadata={"Description": fingerprint(drawn)})
+        figure.savefig(name, dpi=150, format="png", metadata={"Description": fingerprint(runs)})
     import_pyplot().close(figure)
 
 
@@ -810,7 +811,7 @@ def plot(columns, path, problems):
     sizes = "reduced size: " * reduced + sizes + f"; asleep attention is {' or '.join(asleep)}"
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
-    save_figure(figure, path, {header: [[r["curve"], r["rows"]] for r in group] for header, group in columns.items()})
+    save_figure(figure, path, runs)
 
 
 # -----------------------------------------------------------------------------

@@ -61,7 +61,7 @@ from eval import (
     read_log,
     sleep_config,
 )
-from kernels import pick_impl, triton, why_not_triton
+from kernels import pick_impl, version, why_not_triton
 from model import FAST_MIXERS, PRETRAINED, Model, ModelConfig, init_weights, rope_table
 from sleep import EVICTIONS, attention_span, blocks_of_passes, split_chunks
 
@@ -864,13 +864,12 @@ def provenance(trainer):
     """What ran where: for config.json and result.json. flops_per_step: of the first batch, with all N passes."""
     config = trainer.config
     chunks = split_chunks(trainer.task.batch(config.seed, "train", 0, config.batch)[2], config.L)
-    versions = {"torch": torch.__version__, "triton": getattr(triton, "__version__", None), "numpy": np.__version__}
     return {
         "config": vars(config),
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "commit": git_commit(),
         "device": device_name(config),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {"python": platform.python_version()} | {k: version(k) for k in ("torch", "triton", "numpy")},
         "delta_rule": pick_impl(*key_and_value(trainer)),
         "ranks": trainer.ranks,
         "n_params": trainer.model.n_params(),
