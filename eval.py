@@ -130,10 +130,10 @@ FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulat
 
 # flags that older checkpoints do not know, with the values that describe what those runs did
 LATER_FLAGS = dict(
-    evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all", reinject=False,
+    evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all",
     init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
     worked=False, ask="bit", grow=0.0, pass_clip=0.0,
-    pace=False,  # gone: named, so that runs from before and after are alike (grow, too, once had another meaning)
+    pace=False, reinject=False,  # gone: named, so that runs from before and after are alike (grow had another meaning)
 )  # fmt: skip
 
 
@@ -149,6 +149,8 @@ def read_checkpoint(path):
     if not ours or saved["format"] != 1 or not isinstance(saved["config"], dict):
         raise ValueError(f"{path} is no checkpoint of this train.py (format 1): give one that is")
     saved["config"] = LATER_FLAGS | saved["config"]
+    if saved["config"]["reinject"]:
+        raise ValueError(f"{path} was trained with reinject = True, which is gone: use the commit of that run")
     return saved
 
 
@@ -241,7 +243,6 @@ def sleep_config(config):
         keep=kept_tokens(config["evict"], config["L"]),
         causal=config["sleep_attention"] == "causal",
         tol=config.get("tol", 0.0),
-        reinject=config["reinject"],
         pass_clip=config["pass_clip"],
     )
 

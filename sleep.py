@@ -90,7 +90,6 @@ class SleepConfig:
     keep: int | float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
     causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
     tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
-    reinject: bool = False  # not in the paper: every later pass sees the embedded tokens again, added to the features
     pass_clip: float = 0.0  # not in the paper: no pass gets more than this many times the last one's gradient; 0: any
 
     def __post_init__(self):
@@ -159,11 +158,6 @@ def blocks_of_passes(pattern, config):
     return order
 
 
-def next_input(model, h, embedded, config):
-    """What a pass after the first begins with, (B, T, d_model): the features that are fed back, and see reinject."""
-    return model.feed_back(h) + embedded if config.reinject else model.feed_back(h)
-
-
 def limit_gradient(x, limit, times):
     """not in the paper: in the backward, scale each row's gradient of x (B, ...) down to `times` that of the last pass.
 
@@ -190,11 +184,11 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
     h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
     pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
     """
-    embedded, old = h, state
+    old = state
     limits = [[] for _ in range(len(state) + 1)]  # for each block's S, and for the features
 
-    def one_pass(n, h, *args):  # checkpointed as a whole: h is kept, what next_input makes of it is not
-        fed_in = next_input(model, h, embedded, config) if n > 1 else h
+    def one_pass(n, h, *args):  # checkpointed as a whole: h is kept, what feed_back makes of it is not
+        fed_in = model.feed_back(h) if n > 1 else h
         return fed_in, *model.blocks(fed_in, *args)
 
     for n, layers in enumerate(blocks_of_passes(model.config.pattern, config), 1):
@@ -259,14 +253,14 @@ class Algorithm1(nn.Module):
         state = self.model.initial_state()  # line 1
         fed_in, logits, positions, slept = None, [], [], []
         for start, stop, n_logits in chunks:  # line 3
-            embedded = h = self.model.embed(x[:, start:stop])  # line 4
+            h = self.model.embed(x[:, start:stop])  # line 4
             if not n_logits:  # lines 6, 7
                 state, fed_in, passes_taken = sleep(self.model, h, state, self.config, self.use_checkpoint)
                 slept.append(passes_taken)
                 continue
             # line 10: one pass, still writing S; the cache is what the last eviction left
             for n in range(self.answer_passes):
-                h = next_input(self.model, h, embedded, self.config) if n else h
+                h = self.model.feed_back(h) if n else h
                 h, new = self.model.blocks(h, state, span=attention_span(self.config))
             state = evict(new, self.config)
             where = torch.arange(stop - start, device=x.device).expand(len(x), -1)

@@ -269,23 +269,22 @@ def ref_head(model, h):
     return ref_rmsnorm(h, weights["norm.weight"]) @ weights["head_proj.weight"].T
 
 
-def ref_algorithm1(model, x, predicts, L, N, loop=None, window=None, causal=True, answer_passes=1, reinject=False):
+def ref_algorithm1(model, x, predicts, L, N, loop=None, window=None, causal=True, answer_passes=1):
     """Algorithm 1 as printed: every pass runs all of its blocks, dead or not. Logits of the prediction chunks.
 
     window: None for hard eviction; else nothing restarts (see ref_blocks): attention and convolution go on from what
     the last pass over a chunk read. causal: of attention while asleep; answer_passes: over prediction chunks, each from
-    the same S; reinject: passes after the first begin with features plus embeddings.
+    the same S.
     """
     n_layer, S, logits, inputs = len(model.layers), ref_zero_S(model, len(x)), [], {}
     first, last = loop or (0, n_layer)
     empty = torch.zeros(len(x), 0, model.config.d_model, dtype=torch.float64)
     seen = None if window is None else dict.fromkeys(range(n_layer), empty)
     for c, predict in enumerate(predicts):
-        h = e = ref_embed(model, x[:, c * L : c * L + L], L)
+        h = ref_embed(model, x[:, c * L : c * L + L], L)
         before = dict(S)
         for n in range(1, (answer_passes if predict else N) + 1):
             layers = range(0 if predict or n == 1 else first, n_layer if predict or n == N else last)
-            h = h + e if reinject and n > 1 else h
             if predict:
                 S.update(before)
             h = ref_blocks(model, h, S, layers, L, window, seen, inputs, causal or predict)
@@ -900,10 +899,10 @@ def test_model_mixed_precision_keeps_S_gates_and_logits():
 L = 6  # the window of this section
 
 
-def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1, reinject=False):
+def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1):
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
-    config = SleepConfig(N, loop, keep, causal=causal, reinject=reinject)
+    config = SleepConfig(N, loop, keep, causal=causal)
     algorithm = Algorithm1(model, config, answer_passes=answer_passes)
     return algorithm.logits(x, m, split_chunks(m, L))[0]
 
@@ -959,20 +958,6 @@ def test_sleep_with_full_attention_sees_all_of_the_window(eviction, pattern, N, 
     want = ref_algorithm1(model, x, predicts, L, N, loop, ref_window(eviction, x.shape[1]), causal=False)
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L), causal=False), want) <= 1e-9
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L)), want) >= 1e-6
-
-
-@pytest.mark.parametrize(
-    "eviction, N, loop, answer_passes",
-    (("hard", 3, None, 1), ("hard", 2, (1, 3), 1), ("hard", 1, None, 3), ("sliding", 3, None, 1)),
-)
-def test_sleep_reinject_adds_the_embedding_to_what_is_fed_back(eviction, N, loop, answer_passes):
-    """Passes see features of another chunk or pass in place of the embedding, or the first one sees it twice."""
-    model, x, predicts = random_model("DADA", n_pos=L), random_ids(2, 3 * L + 4), [False, True, False, True]
-    window = ref_window(eviction, x.shape[1])
-    want = ref_algorithm1(model, x, predicts, L, N, loop, window, answer_passes=answer_passes, reinject=True)
-    how = model, x, predicts, N, loop, kept_tokens(eviction, L), True, answer_passes
-    assert error(run_algorithm1(*how, reinject=True), want) <= 1e-9
-    assert error(run_algorithm1(*how), want) >= 1e-6
 
 
 @pytest.mark.parametrize("use_checkpoint", (False, True), ids=("stored", "recomputed"))
@@ -3389,7 +3374,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("flags", (RULE110, DEPO + " --checkpoint --pass-clip 2", DEPO + " --evict sliding --reinject"))
+@pytest.mark.parametrize("flags", (RULE110, DEPO + " --checkpoint --pass-clip 2", DEPO + " --evict sliding"))
 def test_train_step_does_not_wait_for_the_device(flags):
     """Forward, backward and clipping read a number from the device, for which the host then waits in every step."""
     trainer = train.Trainer(config_of(flags, "--accumulate", 2))
@@ -3767,14 +3752,13 @@ def test_train_seed_draws_weights_and_problems():
 
 def test_train_flags_reach_the_model_and_its_sleep(tmp_path):
     """A flag is accepted, written to config.json, and does nothing."""
-    flags = "--pattern DAD --loop 0:1 --evict sliding --sleep-attention full --reinject --answer-passes 3 --checkpoint "
-    flags += "--pass-clip 2.5 "
-    flags += "--positions --conv 3 --n-kv-head 1 --d-mlp 20 --rope-theta 500 --out"
+    flags = "--pattern DAD --loop 0:1 --evict sliding --sleep-attention full --answer-passes 3 --checkpoint "
+    flags += "--pass-clip 2.5 --positions --conv 3 --n-kv-head 1 --d-mlp 20 --rope-theta 500 --out"
     config = config_of(RULE110, *flags.split(), tmp_path / "run", "--steps", 1)
     assert train.run(config) == 0
     algorithm, model = train.Trainer(config).plain_algorithm, evaluation.load_run(config.out, "cpu")[0]
     assert algorithm.use_checkpoint and algorithm.answer_passes == 3
-    assert algorithm.config == SleepConfig(2, (0, 1), keep=7, causal=False, reinject=True, pass_clip=2.5)
+    assert algorithm.config == SleepConfig(2, (0, 1), keep=7, causal=False, pass_clip=2.5)
     for c in (algorithm.model.config, model.config):
         assert (c.pattern, c.n_pos, c.conv, c.n_kv_head, c.d_mlp, c.rope_theta) == ("DAD", 8, 3, 1, 20, 500)
 
@@ -3877,14 +3861,14 @@ OTHERS = ("muon_lr", "adam_lr", "weight_decay", "steps", "batch", "evict", "rein
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_train_resume_refuses_another_run(name, finished, tmp_path):
-    """A run goes on with another learning rate, schedule or sleep than it began with; pace is a flag that is gone."""
+    """A run goes on with another learning rate, schedule or sleep than it began with; two are flags that are gone."""
     trainer, path = train.Trainer(config_of(DEPO, "--steps", 2)), str(finished["depo"] / "ckpt.pt")
     trainer.load(path)
     saved = torch.load(path, weights_only=True)
     other = {"evict": "all", "reinject": True, "pace": True}.get(name) or saved["config"][name] * 2 + 1
     saved["config"][name] = other
     torch.save(saved, tmp_path / "ckpt.pt")
-    what = "commit" if name == "pace" else "flags"
+    what = "commit" if name in ("pace", "reinject") else "flags"
     with pytest.raises(ValueError, match=f"{name} = {other}.*: use the {what} of that run"):
         trainer.load(str(tmp_path / "ckpt.pt"))
 
@@ -4629,6 +4613,7 @@ def test_repository_results_commands_are_those_of_the_runs():
     for path in (HERE / "results").glob("*.json"):
         saved = json.loads(path.read_text())
         runs += [evaluation.LATER_FLAGS | run["config"] for run in saved.get("runs", [saved]) if "config" in run]
+    runs = [run for run in runs if not (run["reinject"] or run["pace"])]  # flags that no command can ask for any more
     text = (HERE / "README.md").read_text()
     text = text[text.index("\n## Results") : text.index("\n## What is not here yet")]
     text += (HERE / "results" / "README.md").read_text()
@@ -4647,6 +4632,43 @@ def test_repository_results_commands_are_those_of_the_runs():
             setting = {k: config[k] for k in config.keys() - set(free)}
             assert any(all(run.get(k) == v for k, v in setting.items()) for run in runs), argv
             assert made.setdefault(config["out"], setting) == setting, argv  # a directory is made by one command
+
+
+def percents(name, row, **flags):
+    """Accuracies in percent, by seed, of the runs in a results file that have these flags."""
+    runs = json.loads((HERE / "results" / f"{name}.json").read_text())["runs"]
+    runs = [run for run in runs if row in run["rows"] and all(run["config"][k] == v for k, v in flags.items())]
+    return [100 * run["rows"][row]["accuracy"] for run in sorted(runs, key=lambda run: run["config"]["seed"])]
+
+
+def test_repository_sentences_say_what_was_measured():
+    """A number that the README gives in a sentence, where no command writes it, is another one in the results."""
+    text = " ".join((HERE / "README.md").read_text().split())
+    reach = [np.mean(percents("rule110_t", f"t={t} exact")) for t in (2, 4, 6, 7, 8)]
+    causal, full = (
+        [np.mean(percents(f"rule110_t7{a}", "t=7 exact", N=N)) for N in (1, 2, 3, 4)] for a in ("_causal", "")
+    )
+    more = percents("depo_baselines", "hops 4", N=1, steps=6200), percents("depo_baselines", "hops 4", pattern="ADAD")
+    loops = percents("depo_baselines", "hops 4", answer_passes=4)
+    wide = [a for hops in range(1, 9) for a in percents("depo_wide", f"hops {hops}", N=4)]
+    sixteen = percents("depo_hops16", "hops 16", grow=0.9) + percents("depo_hops16_seed1", "hops 16", grow=0.7)
+    two = percents("rule110_pass_clip_t32", "t=32 exact", pass_clip=2)
+    four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
+    said = {
+        "one pass ends at {:.0f} % of hop 4": [np.mean(more)],
+        "1.5 times the FLOPs of four passes, at {:.0f} %": [np.mean(loops)],
+        "four answer {:.0f} to {:.0f} % of each of the eight": [min(wide), max(wide)],
+        "{:.1f}, {:.1f} and {:.1f} % of the problems with two": two,
+        "with two strings and in {:.1f}, {:.1f} and {:.1f} % with four": four,
+        "in {:.1f}, {:.1f} and {:.1f} % of the problems (all": four,
+        "(all 96 bits in {:.1f}, {:.1f} and {:.1f} %)": rows,
+        "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} % at t = 2, 4, 6, 7, 8": reach,
+        "{:.0f}, {:.0f}, {:.0f} and {:.0f} % exact at t=7, causal": causal,
+        "{:.0f}, {:.0f}, {:.0f} and {:.0f} % where attention sees": full,
+        "sixteen passes answer {:.1f} to {:.1f} %": [min(sixteen), max(sixteen)],
+    }
+    for words, numbers in said.items():
+        assert words.format(*numbers) in text, words.format(*numbers)
 
 
 def test_repository_flags_since_the_first_results_have_a_value_for_earlier_runs():
