@@ -1014,7 +1014,44 @@ def linear_probe(X, targets, X_test, targets_test):
     return {name: tuple(float(torch.cat(a[name]).float().mean()) for a in (right, common)) for name in targets}
 
 
+def features_asleep(model, config, x, context):
+    """The features that enter each of the N passes over the last window of x[:, :context]: N times (n, L, d_model)."""
+    rules, device = sleep_config(config), model.embedding.weight.device
+    windows = x[:, :context].to(device).split(config["L"], 1)
+    with autocast(device):
+        state = model.initial_state()
+        for window in windows[:-1]:
+            state = sleep(model, model.embed(window), state, rules)[0]
+        for fed_in, _ in sleep_passes(model, model.embed(windows[-1]), state, rules):
+            yield fed_in.float().cpu()
+
+
+@torch.no_grad()
+def find_cells(model, task, config, split, n, seed):
+    """Rule 110, a window per string: after j passes, which cells of step j do the features at each position tell?
+
+    Returns {d: [after 0..N-1 passes]}: how often a linear map of the features at position i, fitted to CELLS_FIT other
+    problems, says the bit of cell i + d after j steps, averaged over the positions for which that cell is in the
+    window. Chance is the commonest bit, 50 to 62 %.
+    """
+    x, x_test = (task.batch(seed, *which)[0] for which in (("train", 0, CELLS_FIT), (split, 0, n)))
+    steps, steps_test = task.hidden(x), task.hidden(x_test)
+    found = {d: [] for d in range(-config["N"], 3)}
+    each_pass = zip(*(features_asleep(model, config, a, task.context) for a in (x, x_test)))
+    for j, (h, h_test) in enumerate(tqdm(each_pass, "cells", config["N"], leave=False, disable=None)):
+        bits, bits_test = (a[f"step {j}"] for a in (steps, steps_test))
+        for d, accuracies in found.items():
+            here = [i for i in range(task.width) if 0 <= i + d < task.width]
+            told = [
+                linear_probe(h[:, i], {"": bits[:, [i + d]]}, h_test[:, i], {"": bits_test[:, [i + d]]})[""][0]
+                for i in here
+            ]
+            accuracies.append(float(np.mean(told)))
+    return found
+
+
 PROBE_FIT = 16_384  # problems of the training split that a probe is fitted to
+CELLS_FIT = 4096  # the same for find_cells, whose features are fewer numbers than a memory
 PROBE_LIMIT = 8192  # numbers in a memory: the normal equations of one probe are a matrix of that size
 
 
@@ -1023,6 +1060,7 @@ def probe(path, loaded, args):
 
     "held": what a linear probe finds in the memory after passes 0..N, "floor": what the commonest class would score,
     "woken": the accuracy of the answers if the model is woken after pass 1..N, "change": of S by each pass and layer.
+    "cells", where whole rows of Rule 110 are asked for: what find_cells finds.
     """
     model, task, trained, _ = loaded
     config = trained | {"N": (args.N or [trained["N"]])[0]}
@@ -1038,11 +1076,14 @@ def probe(path, loaded, args):
     result = {"path": path, "config": trained, "evaluated_N": config["N"], "change": change}
     result["held"] = {name: [found[name][0] for found in each] for name in targets}
     result["floor"] = {name: each[0][name][1] for name in targets}
-    return result | {"woken": {key: [rows[key]["accuracy"] for rows in woken] for key in headline_keys(woken[0])}}
+    result["woken"] = {key: [rows[key]["accuracy"] for rows in woken] for key in headline_keys(woken[0])}
+    if config.get("ask") == "row" and config["L"] == task.width and config["N"] <= task.t + 1:
+        result["cells"] = find_cells(model, task, config, args.split, args.n, args.seed)
+    return result
 
 
 def probe_panels(results):
-    """Means over runs as (title, row labels, column labels, rows, all from 0 to 100): held, woken, change of S."""
+    """Means over runs as (title, row labels, column labels, rows, all 0 to 100): held, woken, change of S, cells."""
     N, one = results[0]["evaluated_N"], results[0]
 
     def mean(part, key):
@@ -1051,11 +1092,16 @@ def probe_panels(results):
     layers = [f"layer {i}" for i, kind in enumerate(one["config"]["pattern"]) if kind in FAST_MIXERS]
     change = 100 * np.mean([run["change"] for run in results], 0).T  # (delta layers, N)
     passes = [str(n) for n in range(N + 1)]
-    return [
+    panels = [
         ("a linear probe of S finds (%)", list(one["held"]), passes, [mean("held", key) for key in one["held"]]),
         ("answers right if woken (%)", list(one["woken"]), passes[1:], [mean("woken", key) for key in one["woken"]]),
         ("change of S by this pass (%)", layers, passes[1:], [list(row) for row in change]),
     ]
+    if "cells" in one:
+        rows = [f"cell i{int(d):+d}" for d in one["cells"]]
+        cells = [mean("cells", d) for d in one["cells"]]
+        panels.append(("features at i tell step j after j passes (%)", rows, passes[:-1], cells))
+    return panels
 
 
 def probe_table(results):
@@ -1077,7 +1123,8 @@ def plot_probe(results, path):
     plt = import_pyplot()
     panels = probe_panels(results)
     widths = [len(columns) for _, _, columns, _ in panels]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=widths)
+    size = (12, 3.6) if len(panels) == 3 else (18, 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", width_ratios=widths)
     for ax, (title, rows, columns, values) in zip(axes, panels):
         ax.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=100)
         for i, line in enumerate(values):

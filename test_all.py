@@ -2496,16 +2496,46 @@ def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkey
     monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
     one_step = config_of(DEPO, "--name-tokens", 1, "--min-nodes", 6, "--steps", 1, "--out", tmp_path / "depo")
     assert train.run(one_step) == 0
-    for name, path in {"rule110": finished["rule110"], "depo": tmp_path / "depo"}.items():
+    assert train.run(config_of(RULE110, "--ask", "row", "--steps", 1, "--out", tmp_path / "row")) == 0
+    for name, path in {"rule110": finished["rule110"], "depo": tmp_path / "depo", "row": tmp_path / "row"}.items():
         out = tmp_path / f"{name}.json"
         assert run_main(evaluation.main, monkeypatch, [path, "--probe", "--n", 64, "--json", out]) == 0
         (run,) = json.loads(out.read_text())["runs"]
         N = run["config"]["N"]
         assert [len(run["change"])] + [len(row) for row in run["woken"].values()] == [N] * (1 + len(run["woken"]))
         assert all(len(row) == N + 1 and 0 <= min(row) <= max(row) <= 1 for row in run["held"].values())
-        looked_for = list(task.hidden(x)) if name == "rule110" else ["hops 1", "hops 2"]
+        looked_for = list(task.hidden(x)) if name != "depo" else ["hops 1", "hops 2"]
         assert list(run["held"]) == list(run["floor"]) == looked_for
-    assert "| hops 2 |" in capsys.readouterr().out
+        assert ("cells" in run) == (name == "row")
+    assert list(run["cells"]) == [str(d) for d in range(-N, 3)] and {len(row) for row in run["cells"].values()} == {N}
+    assert run["cells"]["0"][0] == 1 and run["cells"]["1"][0] <= 0.75  # an embedded bit tells itself
+    out = capsys.readouterr().out
+    assert "| hops 2 |" in out and "| cell i-1 |" in out
+
+
+@pytest.mark.parametrize("drift", (-1, 0, 1))
+def test_eval_find_cells_tells_a_row_that_stays_from_one_that_drifts(drift, monkeypatch):
+    """The probe of the features looks for another step, at another position, or in another string or window."""
+    task = Rule110(width=12, t=3, strings=2, ask="row")
+    model = Model(ModelConfig(task.vocab_size, d_model=16, n_head=2))
+    config = config_of(RULE110, "--width", 12, "--t", 3, "--L", 12, "--N", 3).__dict__
+    x = task.batch(0, "test", 0, 5)[0]
+    sleeper = Sleeper(model, SleepConfig(3), 12, batch=5)
+    sleeper.feed(x[:, :12])
+    want = [h for h, _ in sleep_passes(model, model.embed(x[:, 12:24]), sleeper.state, SleepConfig(3))]
+    real = list(evaluation.features_asleep(model, config, x, task.context))
+    assert len(real) == 3 and all(error(a, b) <= 1e-6 for a, b in zip(real, want))
+
+    def drifting(model, config, x, context):
+        for j, bits in enumerate(list(task.hidden(x).values())[:3]):
+            noise = torch.randn(len(x), 12, 4, generator=torch.Generator().manual_seed(j))
+            yield torch.cat((noise, torch.from_numpy(bits).roll(j * drift, 1)[..., None].float()), 2)
+
+    monkeypatch.setattr(evaluation, "features_asleep", drifting)
+    found = evaluation.find_cells(model, task, config, "test", 300, 0)
+    for j in range(3):
+        assert found[-drift * j][j] == 1
+        assert all(found[d][j] <= 0.85 for d in found if d != -drift * j)
 
 
 def test_eval_probe_draws(finished, tmp_path, monkeypatch):
