@@ -777,6 +777,15 @@ def scored_again(runs):
     return again or any((run["evaluated_N"], run["tol"]) != (run["config"]["N"], 0) for run in runs)
 
 
+def figure_title(configs, t):
+    """What was trained on, at which size, for a figure. configs: the runs' flags; t: the steps or hops they answer."""
+    config, asleep = configs[0], sorted({config["sleep_attention"] for config in configs})
+    same_task = PAPER_SIZES.get(config["task"], {"preset": "paper"}).items() <= config.items()
+    reduced = config["preset"] == "tiny" or config["preset"] != "paper" and not same_task
+    sizes = describe(config) + (f", t {', '.join(map(str, sorted(t)))}" if t else "")
+    return "reduced size: " * reduced + sizes + f"; asleep attention is {' or '.join(asleep)}"
+
+
 def plot(columns, path, problems):
     """
     Draw learning curves and final scores to a PNG; for Depo also the loss, which the paper plots.
@@ -803,13 +812,8 @@ def plot(columns, path, problems):
     labels, handles = zip(*legend)
     ncols = len(labels) if sum(map(len, labels)) < 74 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
-    t = sorted({run["evaluated_t"] for run in runs} - {None})
-    sizes = describe(config) + (f", t {', '.join(map(str, t))}" if t else "")
     spread = "; bands and bars: min to max" if len({run["config"]["seed"] for run in runs}) > 1 else ""
-    asleep = sorted({run["config"]["sleep_attention"] for run in runs})
-    same_task = PAPER_SIZES.get(config["task"], {"preset": "paper"}).items() <= config.items()
-    reduced = config["preset"] == "tiny" or config["preset"] != "paper" and not same_task
-    sizes = "reduced size: " * reduced + sizes + f"; asleep attention is {' or '.join(asleep)}"
+    sizes = figure_title([run["config"] for run in runs], {run["evaluated_t"] for run in runs} - {None})
     lines = textwrap.wrap(sizes, 110) + [f"{seeds_of(columns)}, {problems}{spread}"]
     figure.suptitle("\n".join(lines), fontsize=10)
     save_figure(figure, path, runs)
@@ -1134,9 +1138,11 @@ def plot_probe(results, path):
         ax.set_yticks(range(len(rows)), rows)
         ax.set(title=title, xlabel="after pass")
         ax.title.set_fontsize(10)
-    config = results[0]["config"]
-    Ns = f"trained with N={config['N']}, probed with N={results[0]['evaluated_N']}"
-    figure.suptitle(f"{describe(config)}; {Ns}; {len(results)} seed(s)", fontsize=10)
+    configs = [run["config"] for run in results]
+    Ns = f"trained with N={configs[0]['N']}, probed with N={results[0]['evaluated_N']}"
+    seeds = "seed" + "s" * (len(configs) > 1) + " " + ", ".join(str(config["seed"]) for config in configs)
+    title = figure_title(configs, {config["t"] for config in configs} - {None})
+    figure.suptitle("\n".join(textwrap.wrap(f"{title}; {Ns}; {seeds}", 55 * len(panels))), fontsize=10)
     save_figure(figure, path, results)
 
 
