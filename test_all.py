@@ -4684,6 +4684,18 @@ def test_repository_sentences_say_what_was_measured():
     sixteen = percents("depo_hops16", "hops 16", grow=0.9) + percents("depo_hops16_seed1", "hops 16", grow=0.7)
     two = percents("rule110_pass_clip_t32", "t=32 exact", pass_clip=2)
     four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
+    eight = percents("rule110_rows_causal", "t=8 exact", steps=5000)
+    eight += percents("rule110_rows_causal", "t=8 exact", N=1)
+    staged, once = (percents("rule110_rows_causal_t32", "t=32 exact", steps=steps) for steps in (1000, 8000))
+    apart = []  # from the third hop on, by how much each seed with more passes is above each with fewer
+    for first, fewer, more_passes in (("", 1, 2), ("", 2, 4), ("first ", 1, 2), ("first ", 2, 4)):
+        points = [
+            high - low
+            for hops in range(3, 9)
+            for high in percents("depo_wide", f"{first}hops {hops}", N=more_passes)
+            for low in percents("depo_wide", f"{first}hops {hops}", N=fewer)
+        ]
+        apart += [min(points), max(points)]
     said = {
         "one pass ends at {:.0f} % of hop 4": [np.mean(more)],
         "1.5 times the FLOPs of four passes, at {:.0f} %": [np.mean(loops)],
@@ -4696,6 +4708,11 @@ def test_repository_sentences_say_what_was_measured():
         "{:.0f}, {:.0f}, {:.0f} and {:.0f} % exact at t=7, causal": causal,
         "{:.0f}, {:.0f}, {:.0f} and {:.0f} % where attention sees": full,
         "sixteen passes answer {:.1f} to {:.1f} %": [min(sixteen), max(sixteen)],
+        "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
+        "in one training from scratch at {:.1f} % (seed 0": once,
+        "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
+        "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
+        "At the *first* questions these are {:.0f} to {:.0f} and {:.0f} to {:.0f} points": apart[4:],
     }
     for words, numbers in said.items():
         assert words.format(*numbers) in text, words.format(*numbers)
