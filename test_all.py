@@ -2523,13 +2523,13 @@ def test_eval_find_cells_tells_a_row_that_stays_from_one_that_drifts(drift, monk
     sleeper = Sleeper(model, SleepConfig(3), 12, batch=5)
     sleeper.feed(x[:, :12])
     want = [h for h, _ in sleep_passes(model, model.embed(x[:, 12:24]), sleeper.state, SleepConfig(3))]
-    real = list(evaluation.features_asleep(model, config, x, task.context))
+    real = evaluation.features_asleep(model, config, x, task.context)
     assert len(real) == 3 and all(error(a, b) <= 1e-6 for a, b in zip(real, want))
 
     def drifting(model, config, x, context):
-        for j, bits in enumerate(list(task.hidden(x).values())[:3]):
-            noise = torch.randn(len(x), 12, 4, generator=torch.Generator().manual_seed(j))
-            yield torch.cat((noise, torch.from_numpy(bits).roll(j * drift, 1)[..., None].float()), 2)
+        steps = [torch.from_numpy(bits) for bits in task.hidden(x).values()][:3]
+        noise = torch.randn(3, len(x), 12, 4, generator=torch.Generator().manual_seed(0))
+        return [torch.cat((noise[j], bits.roll(j * drift, 1)[..., None].float()), 2) for j, bits in enumerate(steps)]
 
     monkeypatch.setattr(evaluation, "features_asleep", drifting)
     found = evaluation.find_cells(model, task, config, "test", 300, 0)
