@@ -955,6 +955,15 @@ def report_cost(args, loaded):
 # a look into the memory
 
 
+def at_last_window(model, x, L, rules):
+    """Sleep over all windows of x (n, T) but the last: that one, embedded, and the state before it."""
+    *windows, last = x.split(L, 1)
+    state = model.initial_state()
+    for window in windows:
+        state = sleep(model, model.embed(window), state, rules)[0]
+    return model.embed(last), state
+
+
 @torch.no_grad()
 def memories(model, task, config, split, n, seed):
     """What the memory of n problems holds if each window of their context is slept over 0..N times.
@@ -969,13 +978,12 @@ def memories(model, task, config, split, n, seed):
     B = batch_size(task)
     for s in tqdm(range(math.ceil(n / B)), "memories", leave=False, disable=None):
         x = task.batch(seed, split, s, B)[0][: n - s * B]
-        windows = x[:, : task.context].to(device).split(L, 1)
+        context = x[:, : task.context].to(device)
         for N in range(1, rules.N + 1):
-            state, fewer = model.initial_state(), replace(rules, N=N)
+            fewer = replace(rules, N=N)
             with autocast(device):
-                for window in windows[:-1]:
-                    state = sleep(model, model.embed(window), state, fewer)[0]
-                for i, (_, new) in enumerate(sleep_passes(model, model.embed(windows[-1]), state, fewer)):
+                h, state = at_last_window(model, context, L, fewer)
+                for i, (_, new) in enumerate(sleep_passes(model, h, state, fewer)):
                     if N == rules.N:
                         changes[i] += torch.stack([relative_change([state[j]], [new[j]]).sum() / n for j in deltas])
                     state = new
@@ -1021,12 +1029,9 @@ def linear_probe(X, targets, X_test, targets_test):
 def features_asleep(model, config, x, context):
     """The features that enter each pass over the last window of x[:, :context], a list of N tensors (n, L, d_model)."""
     rules, device = sleep_config(config), model.embedding.weight.device
-    windows = x[:, :context].to(device).split(config["L"], 1)
     with autocast(device):
-        state = model.initial_state()
-        for window in windows[:-1]:
-            state = sleep(model, model.embed(window), state, rules)[0]
-        return [h.float().cpu() for h, _ in sleep_passes(model, model.embed(windows[-1]), state, rules)]
+        h, state = at_last_window(model, x[:, :context].to(device), config["L"], rules)
+        return [fed_in.float().cpu() for fed_in, _ in sleep_passes(model, h, state, rules)]
 
 
 @torch.no_grad()
