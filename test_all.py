@@ -4738,7 +4738,7 @@ def test_repository_program_of_your_own_learns():
 
 MODELS_TO_TRY = {  # by the page that shows a conversation with them; where their scores are
     "README.md": ("depo-N4-s0", "first_command"),
-    "results/README.md": ("rule110-rows-N32-s0", "rule110_pass_clip_t32"),
+    "results/README.md": ("rule110-four-N32-s0", "rule110_pass_clip_four"),
 }
 
 
