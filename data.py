@@ -2,8 +2,9 @@
 What the model is asked: three synthetic memory tasks, generated on the fly with numpy.
 
 Each task hides what matters in a long context that is evicted window by window, then asks about it. A task object has
-a `name` (its key in TASKS), its sizes as attributes, `vocab_size`, `context` (how many tokens must be remembered, a
-multiple of the window L), `T` (tokens in every row), `answer_tokens` (in an answer, at most), and
+a `name` (its key in TASKS), its sizes as attributes, `t` (how many steps answers are away at most; None: no such
+number), `vocab_size`, `context` (how many tokens must be remembered, a multiple of the window L), `T` (tokens in every
+row), `answer_tokens` (in an answer, at most), and
     batch(seed, split, s, B)                x, y (int64) and m (bool), (B, T): tokens, what to predict, and which
                                             positions are scored; no row is scored in a window and another only later
                                             (sleep.split_chunks)
@@ -11,14 +12,14 @@ multiple of the window L), `T` (tokens in every row), `answer_tokens` (in an ans
                                             if there is one, is part of the name; "first ...", "... bit" and "... rows"
                                             repeat questions that stand under other names
     losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}
-    chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..}
+    chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..};
+                                            gsm also "literal": a random number of the text
     decode(ids)                             text for people
     explain(x, y, m)                        one example, for people
 and for some purposes
     encode(text), prompt                    for a chat: text to ids, and what follows the context to make the model
                                             answer ("": the user's question)
-    t, at(t)                                for --grow and eval.py --t: how many steps answers are away at most (None:
-                                            no such number), and the same task, in the same tokens, with another t
+    at(t)                                   for --grow and eval.py --t: the same task, in the same tokens, with another t
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
@@ -1247,7 +1248,7 @@ class GSMInfinite:
     much <pad> as it takes follow.
     """
 
-    name = "gsm"
+    name, t = "gsm", None
 
     def __init__(
         self, op=8, min_op=1, min_length=2001, max_length=3300, L=2000, name_words=2, mode="both", difficulty="both",
@@ -1277,7 +1278,7 @@ class GSMInfinite:
         for flag, values in (choices | {"question": ("first", "last"), "name_words": (1, 2)}).items():
             if getattr(self, flag) not in values:
                 allowed = " or ".join(map(str, values))
-                raise ValueError(f"--{flag.replace('_', '-')} is {getattr(self, flag)!r}: use {allowed}")
+                raise ValueError(f"{flag_of(flag)} is {getattr(self, flag)!r}: use {allowed}")
         if not 1 <= self.op <= MAX_OP:
             raise ValueError(f"--op is {self.op}: use 1 to {MAX_OP}")
         if not 1 <= low <= self.op:
@@ -1474,7 +1475,7 @@ class GSMText:
     arguments of GSMInfinite, a dict. Raises ValueError as GSMInfinite does, and for a tokenizer that does not fit.
     """
 
-    name, prompt = "gsm", " Answer:"
+    name, prompt, t = "gsm", " Answer:", None
 
     def __init__(self, folder, vocab_size, sizes):
         if sizes["worked"]:
@@ -1569,20 +1570,12 @@ class GSMText:
 
 
 # -----------------------------------------------------------------------------
-# look at the data
+# what every command line shares
 
-TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSMInfinite}
 
-# sizes a person can follow; the constructors' own defaults are the paper's. The keys are the constructors' arguments,
-# and so the flags of a task; None: may be left out
-EXAMPLE_SIZES = {
-    "rule110": {"width": 12, "t": 4, "strings": 4, "ask": "bit"},
-    "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3, "t": None},
-    "gsm": {
-        "op": 6, "min_op": 0, "min_length": 260, "max_length": 300, "L": 256, "name_words": 2, "mode": "both",
-        "difficulty": "both", "question": "first", "worked": False,
-    },
-}  # fmt: skip
+def flag_of(name):
+    """A field's name as it is typed: "min_op" -> "--min-op"."""
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1639,6 +1632,23 @@ def write_json(path, content):
         f.write("\n")
 
 
+# -----------------------------------------------------------------------------
+# look at the data
+
+TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSMInfinite}
+
+# sizes a person can follow; the constructors' own defaults are the paper's. The keys are the constructors' arguments,
+# and so the flags of a task; None: may be left out
+EXAMPLE_SIZES = {
+    "rule110": {"width": 12, "t": 4, "strings": 4, "ask": "bit"},
+    "depo": {"nodes": 6, "hops": 3, "queries": 3, "name_tokens": 2, "min_nodes": 3, "t": None},
+    "gsm": {
+        "op": 6, "min_op": 0, "min_length": 260, "max_length": 300, "L": 256, "name_words": 2, "mode": "both",
+        "difficulty": "both", "question": "first", "worked": False,
+    },
+}  # fmt: skip
+
+
 def main():
     """Read the command line and print three examples."""
     text = "Print three examples of a task; scored tokens stand in [brackets]."
@@ -1651,7 +1661,7 @@ def main():
         for size, default in sizes.items():
             defaults.setdefault(size, {})[task] = default
     for size, of_task in defaults.items():
-        flag, kind = "--" + size.replace("_", "-"), type(next(v for v in of_task.values() if v is not None))
+        flag, kind = flag_of(size), type(next(v for v in of_task.values() if v is not None))
         shown = {task: "left out" if default is None else default for task, default in of_task.items()}
         text = ", ".join(f"{task}: {default}" for task, default in shown.items()) + " unless given"
         if kind is bool:
@@ -1662,7 +1672,7 @@ def main():
     given = {size: v for size in defaults if (v := getattr(args, size)) is not None}
     for size in given:
         if size not in EXAMPLE_SIZES[args.task]:
-            parser.error(f"--{size.replace('_', '-')} is not a size of {args.task}")
+            parser.error(f"{flag_of(size)} is not a size of {args.task}")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}: use 0 or more")
     try:

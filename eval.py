@@ -378,13 +378,16 @@ def as_markdown(table):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in table)
 
 
+FLOORS = {"uniform": "#9ca3af", "majority": "#111827", "literal": "#a16207"}  # ways to guess, and their colours
+
+
 def comparison_table(columns, field="accuracy"):
     """
     Markdown, one line per difficulty. columns: header -> list over seeds of rows as in `evaluate`.
     field "accuracy", in percent and beside the chance levels, or one of the losses, in nats.
     """
     every = [row for runs in columns.values() for rows in runs for row in rows.values()]
-    levels = ("uniform", "majority", "literal") if field == "accuracy" else ()
+    levels = tuple(FLOORS) if field == "accuracy" else ()
     floors = [floor for floor in levels if every and floor in every[0]]
     table = [["", "n", *floors, *columns], ["---", *["--:"] * (1 + len(floors) + len(columns))]]
     for key in ordered_keys(columns):
@@ -399,7 +402,7 @@ def comparison_table(columns, field="accuracy"):
 # -----------------------------------------------------------------------------
 # several runs side by side
 
-NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is a difficulty: a line of the table, but see groups_of
+NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is a difficulty: a line of the table, but see setting_of
 OF_LATER_PASSES = ("reinject", "pass_clip")  # flags that mean nothing with one pass
 
 
@@ -421,14 +424,20 @@ def check_same_task(paths, configs):
             )
 
 
+def flags_of(config):
+    """The flags that define what was learnt, but for seed and t, a dict; those that are None are left out."""
+    flags = {k: v for k, v in config.items() if k not in NOT_SETTING and v is not None}
+    if "start_from" in flags:  # the first stage's seed does not count either
+        flags["start_from"] = re.sub(r"-s\d+(?=/|$)", "", flags["start_from"])
+    return flags
+
+
 def setting_of(run, elsewhere):
     """What tells a run's column from others, a dict: its flags but for the seed, and how it was evaluated.
 
     elsewhere: some run is evaluated at another t than it was trained with.
     """
-    setting = {k: v for k, v in run["config"].items() if k not in NOT_SETTING and v is not None}
-    if "start_from" in setting:  # the first stage's seed is no setting either
-        setting["start_from"] = re.sub(r"-s\d+(?=/|$)", "", setting["start_from"])
+    setting = flags_of(run["config"])
     if setting["N"] == run["evaluated_N"] == setting["answer_passes"] == 1:
         setting = {k: v for k, v in setting.items() if k not in OF_LATER_PASSES}  # there is none: any value will do
     whole = run["step"] == setting["steps"]
@@ -448,7 +457,7 @@ def groups_of(runs):
     if a run is there twice.
     """
     settings, groups = {}, {}
-    elsewhere = any(run["evaluated_t"] != run["config"].get("t") for run in runs)
+    elsewhere = any(run["evaluated_t"] != run["config"]["t"] for run in runs)
     for run in runs:
         setting = setting_of(run, elsewhere)
         name = json.dumps(setting, sort_keys=True)
@@ -503,7 +512,7 @@ def budget_table(runs):
         line += [mean_known([run["tokens"] for run in group], 1e6), mean_known(flops, 1e12)]
         table.append(line + [cell([rows[k] for rows in found if k in rows]) for k in keys])
     rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
-    for floor in ("uniform", "majority", "literal"):
+    for floor in FLOORS:
         if all(floor in row for row in rows.values()):
             empty = [""] * (len(shown) + len(cost) - 1)
             table.append([f"*{floor}*", *empty, *(f"{100 * rows[key][floor]:.1f}" for key in keys)])
@@ -524,7 +533,7 @@ def report(columns, args):
     header = ["run", "trained N", "evaluated N", "tol", "passes", "steps", "seed", "loss"]
     table = [header, ["---", *["--:"] * 7]]
     for run in (run for runs in columns.values() for run in runs):
-        at_t = "" if run["evaluated_t"] == run["config"].get("t") else f", t={run['evaluated_t']}"
+        at_t = "" if run["evaluated_t"] == run["config"]["t"] else f", t={run['evaluated_t']}"
         numbers = [run["config"]["N"], run["evaluated_N"], str(run["tol"]), f"{run['passes']:.2f}", run["step"]]
         table.append([run["path"] + at_t, *numbers, run["config"]["seed"], f"{run['loss']:.3f}"])
     lines.append(as_markdown(table))
@@ -540,6 +549,19 @@ def report(columns, args):
             comparison_table(rows, "scored_loss"),
         ]
     return "\n".join(lines)
+
+
+def machine_of(args):
+    """What a results file says about the machine and the code that evaluated."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    evaluated = {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
+    return evaluated | {"commit": git_commit(), "command": command}
+
+
+def problems_of(args):
+    """What a results file says about the problems."""
+    return {"split": args.split, "n": args.n, "seed": args.seed}
 
 
 # -----------------------------------------------------------------------------
@@ -592,7 +614,7 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def fingerprint(runs):
+def figure_stamp(runs):
     """A hash of what a figure shows of some runs, which its PNG carries: so a test knows if they changed since."""
     shown = [run if "held" in run else [run["curve"], run["rows"]] for run in runs]  # a probe, or scores
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
@@ -601,8 +623,14 @@ def fingerprint(runs):
 def save_figure(figure, path, runs):
     """Write a figure of some runs as PNG, whole or not at all, and forget it."""
     with whole_file(path) as name:
-        figure.savefig(name, dpi=150, format="png", metadata={"Description": fingerprint(runs)})
+        figure.savefig(name, dpi=150, format="png", metadata={"Description": figure_stamp(runs)})
     import_pyplot().close(figure)
+
+
+def as_trained(run):
+    """Is a run scored with the N and t that it was trained with, and not adaptively?"""
+    config = run["config"]
+    return (run["evaluated_N"], run["evaluated_t"], run["tol"]) == (config["N"], config["t"], 0)
 
 
 def paper_points(run):
@@ -613,16 +641,15 @@ def paper_points(run):
     """
     config = run["config"]
     setting = PAPER_SIZES.get(config["task"], {}) | LATER_FLAGS | {"loop": None, "positions": False}
-    as_trained = (run["evaluated_N"], run["evaluated_t"], run["tol"]) == (config["N"], config.get("t"), 0)
-    if config["task"] not in PAPER_SIZES or not as_trained or not setting.items() <= config.items():
+    if config["task"] not in PAPER_SIZES or not as_trained(run) or not setting.items() <= config.items():
         return None
     return PAPER[config["task"]].get((config["t"], config["N"]) if config["task"] == "rule110" else config["N"])
 
 
 def by_t(runs):
     """Runs of one column, split by t: t (None without one) -> list over seeds."""
-    values = sorted({run["config"].get("t") for run in runs})
-    return {t: [run for run in runs if run["config"].get("t") == t] for t in values}
+    values = sorted({run["config"]["t"] for run in runs})
+    return {t: [run for run in runs if run["config"]["t"] == t] for t in values}
 
 
 def draw_line(ax, x, series, colour, dashes):
@@ -646,7 +673,7 @@ def looks(columns):
 
 def draw_floors(ax, rows, place=None):
     """Dotted chance levels: a short line for each key of `place` (key -> x), or one across without it."""
-    for floor, colour in (("uniform", "#9ca3af"), ("majority", "#111827"), ("literal", "#a16207")):
+    for floor, colour in FLOORS.items():
         if floor not in next(iter(rows.values())):
             continue
         label = f"{floor} guess"
@@ -668,7 +695,7 @@ def label_ends(ax, ends):
 
 def draw_curves(ax, columns):
     """Left panel: validation accuracy against training tokens."""
-    every_t = sorted({run["config"].get("t") for runs in columns.values() for run in runs})
+    every_t = sorted({run["config"]["t"] for runs in columns.values() for run in runs})
     one_column = len(columns) == 1 and len(every_t) > 1
     shades = dict(zip(every_t, itertools.cycle(list(COLOURS.values())[1:]))) if one_column else {}
     ends = []
@@ -691,7 +718,7 @@ def draw_curves(ax, columns):
     if len(every_t) > 1:
         label_ends(ax, ends)
     first = next(iter(columns.values()))[0]
-    if len(every_t) == 1 and first["evaluated_t"] == first["config"].get("t"):
+    if len(every_t) == 1:
         draw_floors(ax, first["rows"])
     what = {"rule110": "all answers exact", "gsm": "all op"}.get(first["config"]["task"], "all questions")
     ax.set(xlabel=f"training tokens ({word})", ylabel=f"validation accuracy, {what} (%)")
@@ -700,10 +727,10 @@ def draw_curves(ax, columns):
 
 def models_of(runs):
     """The runs of each kind of model at each t, whatever N or tol they were scored with: header -> runs."""
-    as_trained = (
-        {"evaluated_N": run["config"]["N"], "evaluated_t": run["config"].get("t"), "tol": 0.0} for run in runs
-    )
-    once = {run["path"]: run | trained for run, trained in zip(runs, as_trained)}
+    once = {
+        run["path"]: run | {"evaluated_N": run["config"]["N"], "evaluated_t": run["config"]["t"], "tol": 0.0}
+        for run in runs
+    }
     trained, kinds = by_t(list(once.values())), {}
     for t, same in trained.items():
         for header, group in columns_of(same).items():
@@ -774,7 +801,7 @@ def draw_paper(ax, runs, place, shift, field, colour):
 def scored_again(runs):
     """Is some model scored in more than one way, or in another one than its learning curve? Then none are drawn."""
     again = len({run["path"] for run in runs}) < len(runs)
-    return again or any((run["evaluated_N"], run["tol"]) != (run["config"]["N"], 0) for run in runs)
+    return again or any(not as_trained(run) for run in runs)
 
 
 def figure_title(configs, t):
@@ -921,19 +948,6 @@ def cost_table(rows):
     return as_markdown(table)
 
 
-def machine_of(args):
-    """What a results file says about the machine and the code that evaluated."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    evaluated = {"evaluated_on": f"{platform.machine()} {device}", "torch": torch.__version__}
-    return evaluated | {"commit": git_commit(), "command": command}
-
-
-def problems_of(args):
-    """What a results file says about the problems."""
-    return {"split": args.split, "n": args.n, "seed": args.seed}
-
-
 def report_cost(args, loaded):
     """`--cost`: print and write what one run costs. Raises ValueError for several runs."""
     if len(args.runs) > 1:
@@ -953,6 +967,11 @@ def report_cost(args, loaded):
 
 # -----------------------------------------------------------------------------
 # a look into the memory
+
+
+PROBE_FIT = 16_384  # problems of the training split that a probe is fitted to
+CELLS_FIT = 4096  # the same for find_cells, whose features are fewer numbers than a memory
+PROBE_LIMIT = 8192  # numbers in a memory: the normal equations of one probe are a matrix of that size
 
 
 def at_last_window(model, x, L, rules):
@@ -1058,11 +1077,6 @@ def find_cells(model, task, config, split, n, seed):
     return found
 
 
-PROBE_FIT = 16_384  # problems of the training split that a probe is fitted to
-CELLS_FIT = 4096  # the same for find_cells, whose features are fewer numbers than a memory
-PROBE_LIMIT = 8192  # numbers in a memory: the normal equations of one probe are a matrix of that size
-
-
 def probe(path, loaded, args):
     """One run, looked into: a dict for JSON.
 
@@ -1085,8 +1099,9 @@ def probe(path, loaded, args):
     result["held"] = {name: [found[name][0] for found in each] for name in targets}
     result["floor"] = {name: each[0][name][1] for name in targets}
     result["woken"] = {key: [rows[key]["accuracy"] for rows in woken] for key in headline_keys(woken[0])}
-    if config.get("ask") == "row" and config["L"] == task.width and config["N"] <= task.t + 1:
-        result["cells"] = find_cells(model, task, config, args.split, args.n, args.seed)
+    if config["ask"] == "row" and config["L"] == task.width and config["N"] <= task.t + 1:
+        cells = find_cells(model, task, config, args.split, args.n, args.seed)
+        result["cells"] = {str(d): told for d, told in cells.items()}
     return result
 
 
@@ -1155,13 +1170,13 @@ def report_probe(args, loaded):
     model, task, config, _ = loaded[0]
     if not hasattr(task, "hidden") or (task.name == "depo" and task.name_tokens > 1):
         raise ValueError("--probe knows the bits of rule110 and the one-token names of depo: give such runs")
-    settings = [{k: v for k, v in c.items() if k not in NOT_SETTING or k == "t"} for _, _, c, _ in loaded]
+    settings = [flags_of(c) | {"t": c["t"]} for _, _, c, _ in loaded]
     seeds = {c["seed"] for _, _, c, _ in loaded}
     if any(setting != settings[0] for setting in settings) or len(seeds) < len(loaded):
         raise ValueError("--probe averages over seeds: give runs that differ in nothing else")
     if config["loop"] or args.split == "train":
         raise ValueError("--probe needs a run without --loop, and --split val or test: its probe is fitted to train")
-    numbers = sum(math.prod(block.mixer.S_shape(1)) for block in model.layers if not block.attends)
+    numbers = sum(math.prod(block.mixer.S_shape) for block in model.layers if not block.attends)
     if numbers > PROBE_LIMIT:
         raise ValueError(f"--probe takes {PROBE_LIMIT} numbers of memory at most, not {numbers}: use --preset tiny")
     results = [probe(*each, args) for each in zip(args.runs, loaded)]
@@ -1311,7 +1326,7 @@ def with_defaults(run, rows):
     """A run of a results file, also of an older one, with only the difficulties that start with one of `rows`."""
     run = {"curve": {"tokens": [], "accuracy": []}} | run
     kept = {key: row for key, row in run["rows"].items() if not rows or key.startswith(tuple(rows))}
-    return {"evaluated_t": run["config"].get("t")} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
+    return {"evaluated_t": run["config"]["t"]} | run | {"config": LATER_FLAGS | run["config"], "rows": kept}
 
 
 def results_table(path, rows, budget, figure=None):
@@ -1366,7 +1381,8 @@ def renewed_tables(path):
                 table = results_table(os.path.join(os.path.dirname(path), file), asked.rows, asked.budget)
                 new += table.split("\n")
             new.append(END_MARKER)
-            if END_MARKER not in lines:  # this also skips what stood there
+            # this also skips what stood there
+            if next((old for old in lines if old == END_MARKER or MARKER.match(old)), None) != END_MARKER:
                 raise ValueError(f"{path}: no line {END_MARKER} after {line}")
     return "\n".join(new)
 
@@ -1421,12 +1437,14 @@ def parse_args(argv):
     parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
     text = "Rule 110: score with so many steps of the automaton; Depo with --t: hops (default: as each run was trained)"
     parser.add_argument("--t", type=int, nargs="+", help=text)
-    parser.add_argument("--tokens", type=int, help="--cost: length of the stream (default 1000000)")
-    parser.add_argument("--n", type=int, help="problems (default 2048)")
-    parser.add_argument("--split", choices=SPLITS, help="(default test)")
-    parser.add_argument("--seed", type=int, help="of the problems (default 0)")
+    parser.add_argument("--tokens", type=int, help=f"--cost: length of the stream (default {DEFAULTS['tokens']})")
+    parser.add_argument("--n", type=int, help=f"problems (default {DEFAULTS['n']})")
+    parser.add_argument("--split", choices=SPLITS, help=f"(default {DEFAULTS['split']})")
+    parser.add_argument("--seed", type=int, help=f"of the problems (default {DEFAULTS['seed']})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default auto)")
-    parser.add_argument("--mistakes", type=int, help="wrong examples to print per run (default 3)")
+    parser.add_argument(
+        "--mistakes", type=int, help=f"wrong examples to print per run (default {DEFAULTS['mistakes']})"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the results here (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -1472,7 +1490,7 @@ def describe_run(path, loaded, N, tol):
     """What is known of a run before it is scored, as in the JSON file. loaded: from load_run."""
     model, task, config, progress = loaded
     run = {"path": path, "config": config, "n_params": model.n_params(), "evaluated_N": N, "tol": tol}
-    run |= {"evaluated_t": getattr(task, "t", None)} | progress
+    run |= {"evaluated_t": task.t} | progress
     saved, result = read_provenance(path), read_provenance(path, "result.json")
     run |= {key: saved.get(key) for key in ("command", "commit", "device", "versions", "delta_rule", "flops_per_step")}
     run["peak_memory_mib"] = result.get("peak_memory_mib") if result.get("step") == run["step"] else None
@@ -1499,7 +1517,7 @@ def score_run(run, loaded, args):
 
 def compare(args, loaded):
     """Score every run, print the tables, write the files. Raises ValueError or OSError for what a user can mend."""
-    if args.t and getattr(loaded[0][1], "t", None) is None:
+    if args.t and loaded[0][1].t is None:
         raise ValueError(f"--t is for runs that were trained with --t, {args.runs[0]} was not: leave it out")
     jobs = []
     for path, (model, task, config, progress) in zip(args.runs, loaded):

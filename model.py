@@ -265,6 +265,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         d, self.heads = config.d_model, config.delta_heads
         self.key_dim, self.value_dim = config.key_dim, config.value_dim
+        self.S_shape = self.heads, self.key_dim, self.value_dim  # of the fast weights of one row
         keys, values = self.heads * self.key_dim, self.heads * self.value_dim
         self.q_proj = nn.Linear(d, keys, bias=False)
         self.k_proj = nn.Linear(d, keys, bias=False)
@@ -280,16 +281,12 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(self.value_dim, config.delta_norm_eps)
         self.out_proj = nn.Linear(values, d, bias=False)
 
-    def S_shape(self, rows):
-        """The shape of the fast weights of some rows: (B, H, K, V)."""
-        return rows, self.heads, self.key_dim, self.value_dim
-
     def zero_S(self, x):
         """S at the start of a sequence, (B, H, K, V), for features x (B, T, d_model).
 
         Nobody asks for its gradient, but with one the first pass is a pass like any other: one compilation for both.
         """
-        S = torch.zeros(self.S_shape(len(x)), dtype=self.A_log.dtype, device=x.device)
+        S = torch.zeros(len(x), *self.S_shape, dtype=self.A_log.dtype, device=x.device)
         return S.requires_grad_(torch.is_grad_enabled())
 
     def keys(self, x):

@@ -132,7 +132,7 @@ def evict(state, config):
 
 
 def attention_span(config):
-    """How many tokens attention sees, itself included, in a window and behind it: sliding slides, hard just ends."""
+    """How many tokens attention sees, itself included: keep + 1, or all of a window whose cache ends with it."""
     return config.keep + 1 if config.keep else math.inf
 
 
@@ -156,26 +156,6 @@ def blocks_of_passes(pattern, config):
     while not config.keep and not writes[order[-1][-1]]:
         order[-1].pop()
     return order
-
-
-def limit_gradient(x, limit, times):
-    """not in the paper: in the backward, scale each row's gradient of x (B, ...) down to `times` that of the last pass.
-
-    limit: a list, empty at first, for the same tensor of all passes over a window. The backward meets the last pass
-    with a gradient first (for the features under hard eviction the last but one: nothing reads the last one's), whose
-    norm is the measure of all. Through many passes it can grow a thousandfold otherwise.
-    """
-
-    def scale(grad):
-        if grad is None:  # a compiled block asks also for an output that nobody read
-            return None
-        norm = grad.flatten(1).norm(dim=1)  # (B,)
-        # with tol, a row that settled early has no gradient from the passes after: its measure is the first that it has
-        limit[:] = [torch.where(limit[0] > 0, limit[0], times * norm) if limit else times * norm]
-        factor = (limit[0] / norm.clamp_min(1e-30)).clamp(max=1)
-        return grad * factor.view(-1, *(1,) * (grad.dim() - 1))
-
-    x.register_hook(scale)
 
 
 def sleep_passes(model, h, state, config, use_checkpoint=False):
@@ -294,7 +274,27 @@ def rms(x):
 
 
 # -----------------------------------------------------------------------------
-# not in the paper: watch a sleep pass by pass, and wake when S has settled
+# not in the paper: limit the gradient of each pass, watch a sleep pass by pass, wake when S has settled
+
+
+def limit_gradient(x, limit, times):
+    """not in the paper: in the backward, scale each row's gradient of x (B, ...) down to `times` that of the last pass.
+
+    limit: a list, empty at first, for the same tensor of all passes over a window. The backward meets the last pass
+    with a gradient first (for the features under hard eviction the last but one: nothing reads the last one's), whose
+    norm is the measure of all. Through many passes it can grow a thousandfold otherwise.
+    """
+
+    def scale(grad):
+        if grad is None:  # a compiled block asks also for an output that nobody read
+            return None
+        norm = grad.flatten(1).norm(dim=1)  # (B,)
+        # with tol, a row that settled early has no gradient from the passes after: its measure is the first that it has
+        limit[:] = [torch.where(limit[0] > 0, limit[0], times * norm) if limit else times * norm]
+        factor = (limit[0] / norm.clamp_min(1e-30)).clamp(max=1)
+        return grad * factor.view(-1, *(1,) * (grad.dim() - 1))
+
+    x.register_hook(scale)
 
 
 def watched(each_pass, state, on_pass):

@@ -2538,13 +2538,17 @@ def test_eval_find_cells_tells_a_row_that_stays_from_one_that_drifts(drift, monk
         assert all(found[d][j] <= 0.85 for d in found if d != -drift * j)
 
 
-def test_eval_probe_draws(finished, tmp_path, monkeypatch):
-    """--probe --plot fails, or leaves no PNG."""
+@pytest.mark.parametrize("ask", ("bit", "row"))
+def test_eval_probe_draws(ask, tmp_path, monkeypatch):
+    """--probe --plot fails, leaves no PNG, or one that cannot be drawn again from the results file."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(evaluation, "PROBE_FIT", 300)
-    argv = [finished["rule110"], "--probe", "--n", 32, "--plot", tmp_path / "probe.png"]
+    assert train.run(config_of(RULE110, "--ask", ask, "--steps", 1, "--out", tmp_path / "run")) == 0
+    out, first, again = (tmp_path / name for name in ("probe.json", "first.png", "again.png"))
+    argv = [tmp_path / "run", "--probe", "--n", 32, "--json", out, "--plot", first]
     assert run_main(evaluation.main, monkeypatch, argv) == 0
-    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert run_main(evaluation.main, monkeypatch, [out, "--table", "--plot", again]) == 0
+    assert first.read_bytes().startswith(b"\x89PNG") and first.read_bytes() == again.read_bytes()
 
 
 def test_eval_cost_streams_and_fits_slopes(finished, tmp_path, monkeypatch, capsys):
@@ -2613,6 +2617,10 @@ def test_eval_seeds_are_found_across_versions():
     staged = [run_of(f"d{i}", seed=i, start_from=f"out/stage1-s{i}") for i in range(2)]
     columns = evaluation.columns_of([old, new, *staged, run_of("e", start_from="out/other-s0")])
     assert [[run["path"] for run in group] for group in columns.values()] == [["a", "b"], ["d0", "d1"], ["e"]]
+    first, second, apart = (
+        evaluation.flags_of(run["config"]) for run in (*staged, columns["N=4, start from out/other-s0"][0])
+    )
+    assert first == second != apart
 
 
 def test_eval_headers_name_no_flag_without_effect():
@@ -2692,6 +2700,9 @@ def test_eval_figures_keep_apart_what_was_trained_apart():
         "N=4, trained t 4": ["t4", "t4"], "N=4, trained t 6": ["t6", "t6"]
     }  # fmt: skip
     assert evaluation.paper_points(run_of("a", N=1)) is not None
+    assert not evaluation.scored_again([run_of("a"), run_of("b", seed=1)])
+    for another_way in ({"evaluated_N": 2}, {"evaluated_t": 6}, {"tol": 0.1}):  # its learning curve is of other scores
+        assert evaluation.scored_again([run_of("a") | another_way, run_of("b", seed=1)])
     for other in (
         {"sleep_attention": "full"}, {"evict": "all"}, {"answer_passes": 4}, {"width": 12}, {"loop": "2:4"},
         {"start_from": "out/warm"}, {"learn": "delta"},
@@ -2745,6 +2756,19 @@ def test_eval_table_is_the_one_that_was_printed(tmp_path, monkeypatch, capsys):
         for budget in ([], ["--budget"]):
             assert run_main(evaluation.main, monkeypatch, [out, "--table", *budget]) == 2
             assert_one_line(capsys.readouterr().err, "results.json")
+
+
+def test_eval_page_whose_table_has_no_end_stays_whole(tmp_path, monkeypatch, capsys):
+    """Renewing a page whose table lacks its last line loses the text up to the next table's, or the next table."""
+    page, marker = tmp_path / "page.md", f"<!-- python eval.py --table {HERE}/results/depo_tiny.json -->"
+    for text in (
+        f"{marker}\nlost\n{marker}\n{evaluation.END_MARKER}\n",
+        f"{marker}\n{evaluation.END_MARKER}\n{marker}\n",
+    ):
+        page.write_text(text)
+        assert run_main(evaluation.main, monkeypatch, ["--table", page]) == 2
+        assert_one_line(capsys.readouterr().err, "no line <!-- end of table -->")
+        assert page.read_text() == text
 
 
 def test_eval_table_of_measurements(tmp_path, monkeypatch, capsys):
@@ -4825,7 +4849,7 @@ def test_repository_figures_can_be_drawn_again():
             assert all(len(run["curve"]["tokens"]) > 1 for run in runs), figure
             columns = evaluation.columns_of([evaluation.with_defaults(run, []) for run in runs])
             runs = [run for group in columns.values() for run in group]
-        assert evaluation.fingerprint(runs).encode() in figure.read_bytes(), figure
+        assert evaluation.figure_stamp(runs).encode() in figure.read_bytes(), figure
 
 
 @pytest.mark.parametrize("page", (*PAGES, "results/log.md"))

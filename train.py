@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, git_commit, read_json, whole_file, write_json
+from data import EXAMPLE_SIZES, SPLITS, TASKS, Parser, flag_of, git_commit, read_json, whole_file, write_json
 from eval import (
     FREE,
     LATER_FLAGS,
@@ -124,7 +124,7 @@ class Config:
     grow: float = flag(
         0.0,
         "with --t: each step draws n passes, half of the time the most allowed, and asks for n/N of t (rounded down); "
-        "what is allowed doubles from 1 to N over this share of the steps",
+        "what is allowed doubles from 1 (N / t, if that is more) to N over this share of the steps",
     )
     answer_passes: int = flag(1, "a baseline: loops over the windows that are answered")
     init_from: str = flag(None, f"begin with a public checkpoint: {', '.join(PRETRAINED)}")
@@ -223,7 +223,7 @@ PRETRAINED_PRESETS = {
 def check_public(config, given):
     """Refuse what --init-from does not go with, before anything is read. Raises ValueError with one clear line."""
     if not config.init_from:
-        wrong = [f"--{name.replace('_', '-')}" for name in ("init_dir", "problems") if name in given]
+        wrong = [flag_of(name) for name in ("init_dir", "problems") if name in given]
         wrong += [f"--preset {config.preset}"] if config.preset in ("sliding", "demo") else []
         if wrong:
             raise ValueError(f"{wrong[0]} needs --init-from: add it, or leave that out")
@@ -232,7 +232,7 @@ def check_public(config, given):
     if config.task != "gsm":
         raise ValueError(f"--init-from reads text: use --task gsm, not {config.task}")
     if wrong := given & {f.name for f in dataclasses.fields(ModelConfig)} | given & {"positions"}:
-        raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --init-from: leave one of them out")
+        raise ValueError(f"{flag_of(min(wrong))} does not go with --init-from: leave one of them out")
     if not config.init_dir or not os.path.isdir(config.init_dir):
         download = f"hf download {public.repo} --local-dir FOLDER"
         raise ValueError(f"--init-dir {config.init_dir} is no folder. {download} makes it (licence: {public.licence})")
@@ -244,7 +244,7 @@ def parse_config(argv):
     families = (*PRESETS.values(), PRETRAINED_PRESETS)
     preset_fields = {name for presets in families for preset in presets.values() for name in preset}
     for f in dataclasses.fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        name, text = flag_of(f.name), f.metadata["help"].replace("%", "%%")
         if f.default is not None and not isinstance(f.default, bool):
             beside = ", unless the preset sets it" if f.name in preset_fields else ""
             text += f" (default {f.default}{beside})"
@@ -286,7 +286,7 @@ def check(config, given):
     """Refuse what cannot work before anything is written. Raises ValueError with one clear line."""
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
-        raise ValueError(f"--{min(wrong).replace('_', '-')} is not a size of the task {config.task}")
+        raise ValueError(f"{flag_of(min(wrong))} is not a size of the task {config.task}")
     needed = [size for size, example in EXAMPLE_SIZES[config.task].items() if example is not None]
     needed += "L pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()
     if missing := [name for name in needed if getattr(config, name, None) is None]:
@@ -294,7 +294,7 @@ def check(config, given):
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 to 2^31 - 1, got {getattr(config, name)}")
+            raise ValueError(f"{flag_of(name)} must be 1 to 2^31 - 1, got {getattr(config, name)}")
     if config.problems is not None and (config.problems < 1 or config.problems % config.batch):
         raise ValueError(f"--problems {config.problems} must be a multiple of --batch {config.batch}")
     if not 1 <= config.answer_passes <= 1000:
@@ -304,7 +304,7 @@ def check(config, given):
     for name in "muon_lr adam_lr clip minutes".split():
         value = getattr(config, name)
         if value is not None and not 0 < value < 1e6:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and below a million, got {value}")
+            raise ValueError(f"{flag_of(name)} must be above 0 and below a million, got {value}")
     if not 0 <= config.weight_decay <= 1 / config.muon_lr:
         raise ValueError(f"--weight-decay must be between 0 and 1 / muon_lr, got {config.weight_decay}")
     if not (config.warmup >= 0 and config.decay >= 0 and config.warmup + config.decay <= 1):
@@ -410,6 +410,51 @@ def task_of(step, config, task):
     Rounded down, so that n passes of --N 17 --t 16 are asked for n - 1.
     """
     return task.at(task.t * passes_of(step, config) // config.N) if config.grow else task
+
+
+WRITERS = ("mixer.k_proj", "mixer.v_proj", "mixer.a_proj", "mixer.b_proj", "mixer.conv_v.")  # what a write to S needs
+
+
+def block_flops(block, T, past, span, write_only=False, causal=True):
+    """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
+
+    Attention: Q K' and P V over the tokens that are seen, of these and of `past` cached ones, at most `span`. Delta
+    rule: 2 K V per token and head to predict, to write, to read.
+    """
+    matrices = [(name, p.numel()) for name, p in block.named_parameters() if name.endswith("_proj.weight")]
+    weights = sum(n for name, n in matrices if not write_only or name.startswith(WRITERS))
+    mixer = block.mixer
+    if not block.attends:
+        heads, key_dim, value_dim = mixer.S_shape
+        return T * (2 * weights + (4 if write_only else 6) * heads * key_dim * value_dim)
+    span = min(mixer.window, span)
+    early = max(0, min(T, span - past))  # tokens whose span reaches back to the first key
+    pairs = early * past + early**2 / 2  # the causal half of a square: its diagonal counts half
+    if early < T:  # then the span is finite
+        pairs += (T - early) * span
+    if not causal:  # the later tokens, too; now the diagonal counts whole
+        pairs += (T * (T - 1) + early) / 2
+    return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
+
+
+def flops_per_step(config, task, chunks):
+    """
+    Model FLOPs of one training step with N passes over these chunks (see split_chunks): forward, and twice that for the
+    backward. Recomputation does not count.
+    """
+    rules, model = sleep_config(vars(config)), empty_model(config, task)
+    pattern, layers = model.config.pattern, model.layers
+    total = 0
+    for start, stop, n_logits in chunks:
+        seen = stop - start, min(start, rules.keep), attention_span(rules)
+        if n_logits:
+            total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
+            total += 2 * n_logits * model.config.d_model * model.config.vocab_size
+            continue
+        *order, last = sum(blocks_of_passes(pattern, rules), [])
+        total += sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
+        total += block_flops(layers[last], *seen, write_only=not rules.keep, causal=rules.causal)
+    return 3 * round(total) * config.batch
 
 
 STOPS = {signal.SIGINT, signal.SIGTERM}
@@ -808,55 +853,10 @@ def device_name(config):
     return f"{config.device} ({platform.machine()}, {config.threads} of {os.cpu_count()} cores)"
 
 
-WRITERS = ("mixer.k_proj", "mixer.v_proj", "mixer.a_proj", "mixer.b_proj", "mixer.conv_v.")  # what a write to S needs
-
-
-def block_flops(block, T, past, span, write_only=False, causal=True):
-    """Model FLOPs of one block over T tokens of one sequence: 2 per weight and token, plus what the mixer does.
-
-    Attention: Q K' and P V over the tokens that are seen, of these and of `past` cached ones, at most `span`. Delta
-    rule: 2 K V per token and head to predict, to write, to read.
-    """
-    matrices = [(name, p.numel()) for name, p in block.named_parameters() if name.endswith("_proj.weight")]
-    weights = sum(n for name, n in matrices if not write_only or name.startswith(WRITERS))
-    mixer = block.mixer
-    if not block.attends:
-        _, heads, key_dim, value_dim = mixer.S_shape(1)
-        return T * (2 * weights + (4 if write_only else 6) * heads * key_dim * value_dim)
-    span = min(mixer.window, span)
-    early = max(0, min(T, span - past))  # tokens whose span reaches back to the first key
-    pairs = early * past + early**2 / 2  # the causal half of a square: its diagonal counts half
-    if early < T:  # then the span is finite
-        pairs += (T - early) * span
-    if not causal:  # the later tokens, too; now the diagonal counts whole
-        pairs += (T * (T - 1) + early) / 2
-    return T * 2 * weights + pairs * 4 * mixer.q_proj.out_features
-
-
-def flops_per_step(config, task, chunks):
-    """
-    Model FLOPs of one training step with N passes over these chunks (see split_chunks): forward, and twice that for the
-    backward. Recomputation does not count.
-    """
-    rules, model = sleep_config(vars(config)), empty_model(config, task)
-    pattern, layers = model.config.pattern, model.layers
-    total = 0
-    for start, stop, n_logits in chunks:
-        seen = stop - start, min(start, rules.keep), attention_span(rules)
-        if n_logits:
-            total += config.answer_passes * sum(block_flops(block, *seen) for block in layers)
-            total += 2 * n_logits * model.config.d_model * model.config.vocab_size
-            continue
-        *order, last = sum(blocks_of_passes(pattern, rules), [])
-        total += sum(block_flops(layers[i], *seen, causal=rules.causal) for i in order)
-        total += block_flops(layers[last], *seen, write_only=not rules.keep, causal=rules.causal)
-    return 3 * round(total) * config.batch
-
-
 def key_and_value(trainer):
     """One key and one value as the model's first delta block has them, for pick_impl."""
-    S = next(block.mixer.S_shape(1) for block in trainer.model.layers if not block.attends)
-    return (torch.empty(1, 1, 1, dim, device=trainer.config.device) for dim in S[2:])
+    S = next(block.mixer.S_shape for block in trainer.model.layers if not block.attends)
+    return (torch.empty(1, 1, 1, dim, device=trainer.config.device) for dim in S[1:])
 
 
 def provenance(trainer):
@@ -1241,7 +1241,7 @@ def activation_bytes(config, task):
     chunks = longest_batch(config, task, 2)[1]
     asleep, keep = sum(not chunk.n_logits for chunk in chunks), sleep_config(vars(config)).keep
     blocks = empty_model(config, task).layers
-    S = sum(math.prod(block.mixer.S_shape(1)) for block in blocks if not block.attends)
+    S = sum(math.prod(block.mixer.S_shape) for block in blocks if not block.attends)
     keys = sum(block.mixer.k_proj.out_features for block in blocks if block.attends)
     cached = sum(min(chunk.start, keep) for chunk in chunks if not chunk.n_logits)  # tokens, when the sleeps begin
     fed = 4 * (S + config.L * config.d_model) * config.N * asleep
