@@ -19,7 +19,7 @@ row), `answer_tokens` (in an answer, at most), and
 and for some purposes
     encode(text), prompt                    for a chat: text to ids, and what follows the context to make the model
                                             answer ("": the user's question)
-    at(t)                                   for --grow and eval.py --t: the same task, in the same tokens, with another t
+    at(t)                                   for --grow and eval.py --t: the same task and tokens, with another t
     hidden(x)                               what a memory of the context could hold, for a probe (not GSM-Infinite)
     problem_hashes(x)                       proof that the splits share no problem (not GSM-Infinite as text)
 Batch s of a split is a pure function of (seed, split, s, B): nothing is stored, and resuming a run cannot drift.
