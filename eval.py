@@ -564,6 +564,13 @@ def problems_of(args):
     return {"split": args.split, "n": args.n, "seed": args.seed}
 
 
+def tasks_of(path, task, args):
+    """A run's task as it was trained, or with each t that is asked for: a list. Raises ValueError if it has no t."""
+    if args.t and task.t is None:
+        raise ValueError(f"--t is for runs that were trained with --t, {path} was not: leave it out")
+    return [task.at(t) for t in dict.fromkeys(args.t)] if args.t else [task]
+
+
 # -----------------------------------------------------------------------------
 # figures
 
@@ -1057,23 +1064,18 @@ def features_asleep(model, config, x, context):
 def find_cells(model, task, config, split, n, seed):
     """Rule 110, a window per string: after j passes, which cells of step j do the features at each position tell?
 
-    Returns {d: [after 0..N-1 passes]}: how often a linear map of the features at position i, fitted to CELLS_FIT other
-    problems, says the bit of cell i + d after j steps, averaged over the positions for which that cell is in the
-    window. Chance is the commonest bit, 50 to 63 %. The string is the last one.
+    Returns how often a linear map of the features there, fitted to CELLS_FIT other problems, says a cell's bit after j
+    steps, in the last string: nested lists by j = 0..N-1, position and cell. Chance is the commonest bit, 50 to 63 %.
     """
     x, x_test = (task.batch(seed, *which)[0] for which in (("train", 0, CELLS_FIT), (split, 0, n)))
     steps, steps_test = task.hidden(x), task.hidden(x_test)
-    found = {d: [] for d in range(-min(config["N"], task.width - 1), 3)}
+    found = []
     each_pass = zip(*(features_asleep(model, config, a, task.context) for a in (x, x_test)))
     for j, (h, h_test) in enumerate(tqdm(each_pass, "cells", config["N"], leave=False, disable=None)):
         bits, bits_test = (a[f"step {j}"] for a in (steps, steps_test))
-        for d, accuracies in found.items():
-            here = [i for i in range(task.width) if 0 <= i + d < task.width]
-            told = [
-                linear_probe(h[:, i], {"": bits[:, [i + d]]}, h_test[:, i], {"": bits_test[:, [i + d]]})[""][0]
-                for i in here
-            ]
-            accuracies.append(float(np.mean(told)))
+        cells, cells_test = (dict(enumerate(np.split(a, task.width, 1))) for a in (bits, bits_test))
+        told = [linear_probe(h[:, i], cells, h_test[:, i], cells_test) for i in range(task.width)]
+        found.append([[round(told[i][cell][0], 4) for cell in cells] for i in range(task.width)])
     return found
 
 
@@ -1086,6 +1088,7 @@ def probe(path, loaded, args):
     """
     model, task, trained, _ = loaded
     config = trained | {"N": (args.N or [trained["N"]])[0]}
+    (task,) = tasks_of(path, task, args)
     x, memory, _ = memories(model, task, config, "train", PROBE_FIT, args.seed)
     x_test, memory_test, change = memories(model, task, config, args.split, args.n, args.seed)
     targets, targets_test = task.hidden(x), task.hidden(x_test)
@@ -1095,13 +1098,12 @@ def probe(path, loaded, args):
     for n in range(1, config["N"] + 1):
         algorithm = algorithm_of(model, config | {"N": n})
         woken.append(evaluate(algorithm, task, args.split, config["L"], args.n, args.seed)["rows"])
-    result = {"path": path, "config": trained, "evaluated_N": config["N"], "change": change}
+    result = {"path": path, "config": trained, "evaluated_N": config["N"], "evaluated_t": task.t, "change": change}
     result["held"] = {name: [found[name][0] for found in each] for name in targets}
     result["floor"] = {name: each[0][name][1] for name in targets}
     result["woken"] = {key: [rows[key]["accuracy"] for rows in woken] for key in headline_keys(woken[0])}
     if config["ask"] == "row" and config["L"] == task.width and config["N"] <= task.t + 1:
-        cells = find_cells(model, task, config, args.split, args.n, args.seed)
-        result["cells"] = {str(d): told for d, told in cells.items()}
+        result["cells"] = find_cells(model, task, config, args.split, args.n, args.seed)
     return result
 
 
@@ -1121,9 +1123,11 @@ def probe_panels(results):
         ("change of S by this pass (%)", layers, passes[1:], [list(row) for row in change]),
     ]
     if "cells" in one:
-        rows = [f"cell i{int(d):+d}" for d in one["cells"]]
-        cells = [mean("cells", d) for d in one["cells"]]
-        panels.append(("features at i tell step j after j passes (%)", rows, passes[:-1], cells))
+        cells = 100 * np.mean([run["cells"] for run in results], 0)  # (N, positions, cells)
+        near = range(-min(N, len(cells[0]) - 1), 3)
+        told = [list(np.diagonal(cells, d, 1, 2).mean(1)) for d in near]  # averaged over the positions that have both
+        rows = [f"cell i{d:+d}" for d in near]
+        panels.append(("features at i tell step j after j passes (%)", rows, passes[:-1], told))
     return panels
 
 
@@ -1160,7 +1164,7 @@ def plot_probe(results, path):
     configs = [run["config"] for run in results]
     Ns = f"trained with N={configs[0]['N']}, probed with N={results[0]['evaluated_N']}"
     seeds = "seed" + "s" * (len(configs) > 1) + " " + ", ".join(str(config["seed"]) for config in configs)
-    title = figure_title(configs, {config["t"] for config in configs} - {None})
+    title = figure_title(configs, {results[0]["evaluated_t"]} - {None})
     figure.suptitle("\n".join(textwrap.wrap(f"{title}; {Ns}; {seeds}", 55 * len(panels))), fontsize=10)
     save_figure(figure, path, results)
 
@@ -1458,7 +1462,7 @@ def parse_args(argv):
         "cost": ("tol", "t", "plot", "n", "split", "seed", "mistakes"),
         "table": ("N", "tol", "t", "json", "tokens", "n", "split", "seed", "mistakes"),
         "chat": ("t", "json", "plot", "tokens", "n", "split", "seed", "mistakes"),
-        "probe": ("tol", "t", "tokens", "mistakes"),
+        "probe": ("tol", "tokens", "mistakes"),
     }
     doing = next((name for name in unused if getattr(args, name)), None)
     wrong = [name for name in unused.get(doing, ("tokens",)) if getattr(args, name) not in (None, [])]
@@ -1466,8 +1470,7 @@ def parse_args(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     wrong += [name for name in ("rows", "budget") if getattr(args, name) and not args.table]
-    if args.probe and len(args.N or []) > 1:
-        wrong.append("N of several numbers")
+    wrong += [f"{name} of several numbers" for name in ("N", "t") if args.probe and len(getattr(args, name) or []) > 1]
     if wrong:
         with_what = f"--{doing}" if doing else "scoring runs"
         raise ValueError(f"--{wrong[0]} does not go with {with_what}: leave it out")
@@ -1517,12 +1520,9 @@ def score_run(run, loaded, args):
 
 def compare(args, loaded):
     """Score every run, print the tables, write the files. Raises ValueError or OSError for what a user can mend."""
-    if args.t and loaded[0][1].t is None:
-        raise ValueError(f"--t is for runs that were trained with --t, {args.runs[0]} was not: leave it out")
     jobs = []
     for path, (model, task, config, progress) in zip(args.runs, loaded):
-        tasks = [task.at(t) for t in dict.fromkeys(args.t)] if args.t else [task]
-        for asked, (N, tol) in itertools.product(tasks, settings_of(config, args)):
+        for asked, (N, tol) in itertools.product(tasks_of(path, task, args), settings_of(config, args)):
             algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
             jobs.append((path, (model, asked, config, progress), N, tol))
     runs = [describe_run(*job) for job in jobs]

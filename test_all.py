@@ -2499,16 +2499,26 @@ def test_eval_probe_reads_the_memory_after_every_pass(finished, tmp_path, monkey
     assert train.run(config_of(RULE110, "--ask", "row", "--steps", 1, "--out", tmp_path / "row")) == 0
     for name, path in {"rule110": finished["rule110"], "depo": tmp_path / "depo", "row": tmp_path / "row"}.items():
         out = tmp_path / f"{name}.json"
-        assert run_main(evaluation.main, monkeypatch, [path, "--probe", "--n", 64, "--json", out]) == 0
+        other = ["--t", 3] * (name == "row")
+        assert run_main(evaluation.main, monkeypatch, [path, "--probe", "--n", 64, "--json", out, *other]) == 0
         (run,) = json.loads(out.read_text())["runs"]
         N = run["config"]["N"]
         assert [len(run["change"])] + [len(row) for row in run["woken"].values()] == [N] * (1 + len(run["woken"]))
         assert all(len(row) == N + 1 and 0 <= min(row) <= max(row) <= 1 for row in run["held"].values())
-        looked_for = list(task.hidden(x)) if name != "depo" else ["hops 1", "hops 2"]
-        assert list(run["held"]) == list(run["floor"]) == looked_for
+        looked_for = {
+            "rule110": list(task.hidden(x)),
+            "depo": ["hops 1", "hops 2"],
+            "row": [f"step {j}" for j in range(4)],
+        }
+        assert list(run["held"]) == list(run["floor"]) == looked_for[name]
+        assert run["evaluated_t"] == {"rule110": task.t, "depo": None, "row": 3}[name]
         assert ("cells" in run) == (name == "row")
-    assert list(run["cells"]) == [str(d) for d in range(-N, 3)] and {len(row) for row in run["cells"].values()} == {N}
-    assert run["cells"]["0"][0] == 1 and run["cells"]["1"][0] <= 0.75  # an embedded bit tells itself
+    told = np.array(run["cells"])
+    assert told.shape == (N, 8, 8) and (told[0][np.eye(8, dtype=bool)] == 1).all()  # an embedded bit tells itself
+    assert told[0][~np.eye(8, dtype=bool)].max() <= 0.8
+    title, rows, columns, values = evaluation.probe_panels([run])[3]
+    assert rows == [f"cell i{d:+d}" for d in range(-N, 3)] and columns == [str(j) for j in range(N)]
+    assert values[rows.index("cell i-1")][1] == pytest.approx(100 * np.mean([told[1][i][i - 1] for i in range(1, 8)]))
     out = capsys.readouterr().out
     assert "| hops 2 |" in out and "| cell i-1 |" in out
 
@@ -2533,9 +2543,9 @@ def test_eval_find_cells_tells_a_row_that_stays_from_one_that_drifts(drift, monk
 
     monkeypatch.setattr(evaluation, "features_asleep", drifting)
     found = evaluation.find_cells(model, task, config, "test", 300, 0)
-    for j in range(3):
-        assert found[-drift * j][j] == 1
-        assert all(found[d][j] <= 0.85 for d in found if d != -drift * j)
+    for j, told in enumerate(np.array(found)):  # (positions, cells)
+        here = np.roll(np.eye(12, dtype=bool), drift * j, 0)  # position i holds cell i - drift * j, on a ring
+        assert (told[here] == 1).all() and told[~here].mean() <= 0.75
 
 
 @pytest.mark.parametrize("ask", ("bit", "row"))
@@ -2874,7 +2884,7 @@ BAD_QUESTIONS = {
     "no tokens": ("{depo} --cost --tokens 0", "--tokens"),
     "too many passes": ("{depo} --N 1001", "1000"),
     "cost until settled": ("{depo} --cost --tol 0.1", "--tol"),
-    "probe of other steps": ("{rule110} --probe --t 2", "--t"),
+    "probe of several steps": ("{rule110} --probe --t 2 3", "--t"),
     "rows of what": ("{depo} --rows hops", "--rows"),
     "problems of a cost": ("{depo} --cost --n 5", "--n"),
     "mistakes of a cost": ("{depo} --cost --mistakes 0", "--mistakes"),
