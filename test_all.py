@@ -4743,7 +4743,7 @@ def test_repository_sentences_say_what_was_measured():
         "{:.0f}, {:.0f}, {:.0f} and {:.0f} % where attention sees": full,
         "sixteen passes answer {:.1f} to {:.1f} %": [min(sixteen), max(sixteen)],
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
-        "in one training from scratch at {:.1f} % (seed 0": once,
+        "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
         "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
         "At the *first* questions these are {:.0f} to {:.0f} and {:.0f} to {:.0f} points": apart[4:],
