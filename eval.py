@@ -104,21 +104,14 @@ def build_task(config):
         raise ValueError(f"unknown task {config['task']!r}: use one of {', '.join(TASKS)}")
     sizes = {size: config[size] for size in EXAMPLE_SIZES[config["task"]]}
     if config["init_from"]:
-        return GSMText(config["init_dir"], public_config(config).vocab_size, sizes)
+        return GSMText(config["init_dir"], PRETRAINED[config["init_from"]].config.vocab_size, sizes)
     return TASKS[config["task"]](**sizes)
-
-
-def public_config(config):
-    """The ModelConfig of the public checkpoint that a run began with. Raises ValueError for an unknown one."""
-    if config["init_from"] not in PRETRAINED:
-        raise ValueError(f"unknown checkpoint {config['init_from']!r}: use one of {', '.join(PRETRAINED)}")
-    return PRETRAINED[config["init_from"]].config
 
 
 def model_config(config, task):
     """The architecture that a run's flags (a dict) describe. Raises ValueError where ModelConfig does."""
     if config["init_from"]:
-        return public_config(config)
+        return PRETRAINED[config["init_from"]].config
     names = [f.name for f in fields(ModelConfig) if f.name in config]
     n_pos = config["L"] if config["positions"] else 0
     return ModelConfig(task.vocab_size, n_pos=n_pos, **{name: config[name] for name in names})
@@ -128,7 +121,8 @@ def model_config(config, task):
 FREE = {"minutes", "device", "init_dir", "threads", "resume", "compile", "cuda_graph", "checkpoint", "workers", "out"}
 FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulate"}
 
-# flags that older checkpoints do not know, with the values that describe what those runs did
+# flags that older checkpoints do not know, with the values that describe what those runs did; so far that is also what
+# the paper does, and paper_points takes it for that
 LATER_FLAGS = dict(
     evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all",
     init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
@@ -174,22 +168,19 @@ def checkpoint_of(path):
 def load_run(path, device):
     """
     A trained model. path: a run directory or a checkpoint file -> model, task, config (the run's flags, a dict), and a
-    dict of how far training came: step, tokens, seconds, flops (None where an older checkpoint does not say).
+    dict of how far training came: step, tokens, seconds, flops.
     Raises ValueError as read_checkpoint, build_task and load_weights do.
     """
     file = checkpoint_of(path)
     saved = read_checkpoint(file)
     config = saved["config"]
     try:
-        config["seed"], config["steps"], config["threads"]  # read later, where a missing one has no message
         task = build_task(config)
         model = Model(model_config(config, task)).to(device)
         algorithm_of(model, config)
         load_weights(model, saved["model"], file)
     except KeyError as error:
         raise ValueError(f"{file} has no {error} in its config: it is from another version of train.py") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no checkpoint of this train.py ({error}): give one that is") from None
     return model, task, config, {key: saved.get(key) for key in ("step", "tokens", "seconds", "flops")}
 
 
@@ -214,9 +205,8 @@ def read_log(path):
     with open(file) as f:
         lines = f.read().split("\n")
     try:
-        found = [json.loads(line) for line in lines[:-1]]  # a line without its line break was cut off by a crash
-        return [line for line in found if line["kind"] and line["step"] >= 0]
-    except (ValueError, TypeError, KeyError):
+        return [json.loads(line) for line in lines[:-1]]  # a line without its line break was cut off by a crash
+    except ValueError:
         raise ValueError(f"{file} is damaged: remove it, only the learning curves need it") from None
 
 
@@ -257,7 +247,7 @@ def predict(algorithm, task, split, L, n, seed):
     Put n problems of a split to a model, on the device it is on, as an Algorithm1 with windows of L tokens.
 
     Returns CPU tensors x, y, m, pred, ce, each (n, T): inputs, targets, which are scored, the likeliest next token
-    (-1 where it was not asked for) and the cross-entropy in nats, float32 (0 where it is not scored); and the mean
+    (-1 where the head did not run) and the cross-entropy in nats, float32 (0 where it is not scored); and the mean
     passes of a problem's sleeps (n,). The model is run eagerly and left in the mode it was in; no random number of
     torch is drawn. Raises ValueError as split_chunks does.
     """
@@ -489,11 +479,6 @@ def columns_of(runs):
     return columns
 
 
-def mean_known(values, scale):
-    """The mean of the values in units of scale, one digit, for a table; empty if one is not known (None)."""
-    return "" if None in values else f"{statistics.mean(values) / scale:,.1f}"
-
-
 def budget_table(runs):
     """Markdown, one line per group of runs: its setting, what training cost, accuracies in percent; below, chance."""
     groups = groups_of(runs)
@@ -502,19 +487,18 @@ def budget_table(runs):
     keys = ordered_keys(columns)
     plain = [{"evaluated N": setting["N"], "tol": 0.0} for setting in settings]  # which needs no column
     shown = [k for k in settings[0] if any(s[k] != p.get(k, "") for s, p in zip(settings, plain))]
-    cost = ["parameters", "tokens, M", "TFLOP"]
-    table = [[*(k.replace("_", " ") for k in shown), *cost, *keys]]
-    table.append(["--:" if k in ("N", *cost, *keys) else "---" for k in (*shown, *cost, *keys)])
+    costs = ["parameters", "tokens, M", "TFLOP"]
+    table = [[*(k.replace("_", " ") for k in shown), *costs, *keys]]
+    table.append(["--:" if k in ("N", *costs, *keys) else "---" for k in (*shown, *costs, *keys)])
     for (setting, group), found in zip(groups, columns.values()):
-        # runs from before FLOPs were counted made the same passes in every step, or say their mean
-        flops = [run.get("flops") or run["flops_per_step"] and run["flops_per_step"] * run["step"] for run in group]
         line = [*("" if setting[k] is None else str(setting[k]) for k in shown), f"{group[0]['n_params']:,}"]
-        line += [mean_known([run["tokens"] for run in group], 1e6), mean_known(flops, 1e12)]
+        for cost, unit in (("tokens", 1e6), ("flops", 1e12)):
+            line.append(f"{statistics.mean(run[cost] for run in group) / unit:,.1f}")
         table.append(line + [cell([rows[k] for rows in found if k in rows]) for k in keys])
     rows = {key: row for found in columns.values() for some in found for key, row in some.items()}
     for floor in FLOORS:
         if all(floor in row for row in rows.values()):
-            empty = [""] * (len(shown) + len(cost) - 1)
+            empty = [""] * (len(shown) + len(costs) - 1)
             table.append([f"*{floor}*", *empty, *(f"{100 * rows[key][floor]:.1f}" for key in keys)])
     return as_markdown(table)
 
@@ -732,42 +716,6 @@ def draw_curves(ax, columns):
     ax.set_xlim(0, 1.06 * end / unit or 1)
 
 
-def models_of(runs):
-    """The runs of each kind of model at each t, whatever N or tol they were scored with: header -> runs."""
-    once = {
-        run["path"]: run | {"evaluated_N": run["config"]["N"], "evaluated_t": run["config"]["t"], "tol": 0.0}
-        for run in runs
-    }
-    trained, kinds = by_t(list(once.values())), {}
-    for t, same in trained.items():
-        for header, group in columns_of(same).items():
-            kinds[header + (f", trained t {t}" if len(trained) > 1 else "")] = {run["path"] for run in group}
-    every_t, models = list(dict.fromkeys(run["evaluated_t"] for run in runs)), {}
-    for (header, paths), t in itertools.product(kinds.items(), every_t):
-        name = f"{header}, t={t}" if len(every_t) > 1 else header
-        models[name] = [run for run in runs if run["path"] in paths and run["evaluated_t"] == t]
-    return models
-
-
-def draw_passes(ax, columns):
-    """Left panel where models are scored with several N or tol: accuracy against the mean passes of a sleep."""
-    models = models_of([run for group in columns.values() for run in group])
-    for (header, runs), colour in zip(models.items(), itertools.cycle(list(COLOURS.values())[1:])):
-        for adaptive, dashes, marker in ((False, "-", "o"), (True, "--", "s")):
-            chosen = [run for run in runs if (run["tol"] > 0) == adaptive]
-            label, points = header + ", adaptive" * adaptive, []
-            for setting in {(run["evaluated_N"], run["tol"]) for run in chosen}:
-                same = [run for run in chosen if (run["evaluated_N"], run["tol"]) == setting]
-                scores = [100 * headline(run["rows"]) for run in same]
-                points.append((np.mean([run["passes"] for run in same]), np.mean(scores), min(scores), max(scores)))
-            if points:
-                x, mean, low, high = np.array(sorted(points)).T
-                bars = [mean - low, high - mean]
-                ax.errorbar(x, mean, bars, color=colour, ls=dashes, marker=marker, ms=5, capsize=2, label=label)
-    ax.set(xlabel="passes per sleep, mean", ylabel="accuracy, all questions (%)")
-    ax.legend(frameon=False)
-
-
 def draw_difficulty(ax, columns, field):
     """Right panels: a field of the final rows against difficulty; dots are means, bars span the seeds."""
     merged = {key: row for runs in columns.values() for run in runs for key, row in run["rows"].items()}
@@ -830,16 +778,19 @@ def plot(columns, path, problems):
     plt.rcParams.update({"grid.color": "#e5e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True})
     runs = [run for group in columns.values() for run in group]
     config = runs[0]["config"]
-    with_loss = config["task"] == "depo"
-    figure, axes = plt.subplots(1, 2 + with_loss, figsize=(9 + 4 * with_loss, 4.4), layout="constrained")
-    (draw_passes if scored_again(runs) else draw_curves)(axes[0], columns)
-    draw_difficulty(axes[1], columns, "accuracy")
-    for ax in axes[:2]:
+    with_curves, with_loss = not scored_again(runs), config["task"] == "depo"
+    panels = 1 + with_curves + with_loss
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 4.4), layout="constrained", squeeze=False)
+    final, *others = axes[0, with_curves:]
+    draw_difficulty(final, columns, "accuracy")
+    if with_curves:
+        draw_curves(axes[0, 0], columns)
+    for ax in {axes[0, 0], final}:
         ax.set_ylim(-3, 103)
-    if with_loss:
-        draw_difficulty(axes[2], columns, "scored_loss")
-        axes[2].set_ylim(bottom=0)
-    handles, labels = axes[1].get_legend_handles_labels()
+    for ax in others:
+        draw_difficulty(ax, columns, "scored_loss")
+        ax.set_ylim(bottom=0)
+    handles, labels = final.get_legend_handles_labels()
     legend = sorted(zip(labels, handles), key=lambda pair: pair[0].endswith("guess"))  # runs first
     if any(paper_points(run) for run in runs):
         legend.append(("paper (digitised; right: final)", plt.Line2D([], [], color="#374151", **PAPER_STYLE)))
@@ -1263,7 +1214,7 @@ class Chat:
         elif command == "/new":
             self.renew()
         elif command.startswith("/"):
-            print(CHAT_HELP.format(L=self.config["L"]))
+            print(CHAT_HELP.format(L=self.sleeper.L))
         elif text:
             self.sleeper.feed(self.ids(text))
         print(f"  [{self.sleeper.window.shape[1]} of {self.sleeper.L} tokens in the window]")
@@ -1411,14 +1362,6 @@ def report_tables(args):
 # -----------------------------------------------------------------------------
 # the command line
 
-DEFAULTS = {
-    "tokens": 1_000_000,
-    "n": 2048,
-    "split": "test",
-    "seed": 0,
-    "mistakes": 3,
-}  # of flags that not all modes take
-
 
 def parse_args(argv):
     """The words of a command line -> what they ask for.
@@ -1441,20 +1384,20 @@ def parse_args(argv):
     parser.add_argument("--tol", type=float, nargs="+", default=[], help=text)
     text = "Rule 110: score with so many steps of the automaton; Depo with --t: hops (default: as each run was trained)"
     parser.add_argument("--t", type=int, nargs="+", help=text)
-    parser.add_argument("--tokens", type=int, help=f"--cost: length of the stream (default {DEFAULTS['tokens']})")
-    parser.add_argument("--n", type=int, help=f"problems (default {DEFAULTS['n']})")
-    parser.add_argument("--split", choices=SPLITS, help=f"(default {DEFAULTS['split']})")
-    parser.add_argument("--seed", type=int, help=f"of the problems (default {DEFAULTS['seed']})")
+    text = "--cost: length of the stream (default 1000000)"
+    parser.add_argument("--tokens", type=int, default=1_000_000, help=text)
+    parser.add_argument("--n", type=int, default=2048, help="problems (default 2048)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default auto)")
-    parser.add_argument(
-        "--mistakes", type=int, help=f"wrong examples to print per run (default {DEFAULTS['mistakes']})"
-    )
+    text = "wrong examples to print per run (default 3)"
+    parser.add_argument("--mistakes", type=int, default=3, help=text)
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the results here (needs matplotlib)")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     for name, least in {"n": 1, "seed": 0, "mistakes": 0, "tokens": 1}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
+        if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
@@ -1465,10 +1408,7 @@ def parse_args(argv):
         "probe": ("tol", "tokens", "mistakes"),
     }
     doing = next((name for name in unused if getattr(args, name)), None)
-    wrong = [name for name in unused.get(doing, ("tokens",)) if getattr(args, name) not in (None, [])]
-    for name, value in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    wrong = [name for name in unused.get(doing, ("tokens",)) if getattr(args, name) != parser.get_default(name)]
     wrong += [name for name in ("rows", "budget") if getattr(args, name) and not args.table]
     wrong += [f"{name} of several numbers" for name in ("N", "t") if args.probe and len(getattr(args, name) or []) > 1]
     if wrong:
@@ -1481,12 +1421,9 @@ def parse_args(argv):
 
 def learning_curve(path, step):
     """The validations of a run up to a step: {"tokens": [...], "accuracy": [...]}, both empty without a log."""
-    try:
-        val = [line for line in read_log(path) if line["kind"] == "val" and line["step"] <= step]
-        accuracy = [headline(line["scores"]["rows"]) for line in val]
-        return {"tokens": [line["tokens"] for line in val], "accuracy": accuracy}
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise ValueError(f"the log.jsonl of {path} is damaged: remove it, only the learning curves need it") from None
+    val = [line for line in read_log(path) if line["kind"] == "val" and line["step"] <= step]
+    accuracy = [headline(line["scores"]["rows"]) for line in val]
+    return {"tokens": [line["tokens"] for line in val], "accuracy": accuracy}
 
 
 def describe_run(path, loaded, N, tol):

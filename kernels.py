@@ -692,18 +692,18 @@ def benchmark_table(rows):
         spread = (row["high"] - row["low"]) / 2 / row["median"]
         return f"{1e6 * row['median']:,.0f} ± {100 * spread:.0f} % ({row['ratio']:.1f})"
 
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    impls, shapes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("impl", "shape"))
     lines = [f"| B, T, H, K, V | | floor | {' | '.join(impls)} |", "| --- | --- | --: |" + " --: |" * len(impls)]
     groups = {}
     for row in rows:
         groups.setdefault((row["shape"], row["backward"], row["graph"]), {})[row["impl"]] = row
-    for shape, backward, graph in sorted(groups, key=lambda key: (list(SHAPES).index(key[0]), *key[1:])):
+    for shape, backward, graph in sorted(groups, key=lambda key: (shapes.index(key[0]), *key[1:])):
         found = groups[shape, backward, graph]
         what = ("forward + backward" if backward else "forward") + (", graph" if graph else "")
         cells = [cell(found[impl]) if impl in found else "" for impl in impls]
-        floor = next(iter(found.values()))["floor"]
-        size = ", ".join(map(str, SHAPES[shape]))
-        lines.append(f"| {shape}: {size} | {what} | {1e6 * floor:,.0f} | {' | '.join(cells)} |")
+        first = next(iter(found.values()))
+        sizes, floor = ", ".join(map(str, first["sizes"])), f"{1e6 * first['floor']:,.0f}"
+        lines.append(f"| {shape}: {sizes} | {what} | {floor} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -287,10 +287,6 @@ def check(config, given):
     every = set().union(*EXAMPLE_SIZES.values()) - {"L"}  # every task has windows
     if wrong := every & set(given) - EXAMPLE_SIZES[config.task].keys():
         raise ValueError(f"{flag_of(min(wrong))} is not a size of the task {config.task}")
-    needed = [size for size, example in EXAMPLE_SIZES[config.task].items() if example is not None]
-    needed += "L pattern d_model n_head steps batch muon_lr adam_lr eval_every".split()
-    if missing := [name for name in needed if getattr(config, name, None) is None]:
-        raise ValueError(f"the preset {config.preset} of {config.task} sets no {missing[0]}: add it there")
     counts = "L steps batch accumulate eval_every eval_n test_n log_every save_every threads n_head d_model"
     for name in counts.split():
         if not 1 <= getattr(config, name) < 2**31:
