@@ -649,6 +649,26 @@ def machine_limits(device, dtype):
     return 2 * 4 * big.numel() / copy, 2 * n**3 / measure(lambda: a @ a, device)[0]
 
 
+def calls_of(rule, shape, dtype, device, backward):
+    """One or more calls of a rule, for a GPU so many, each with inputs of its own, that they do not fit its cache.
+
+    Made in turn they read from memory, as a layer's calls do, and as the floor supposes.
+    """
+
+    def call(inputs, weights):
+        with torch.set_grad_enabled(backward):
+            outputs = rule(*inputs)
+            return torch.autograd.grad(outputs, inputs, weights) if backward else outputs
+
+    every = [random_inputs(*shape, dtype, device)]
+    if device == "cuda":
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        more = min(15, 2 * cache // sum(a.nbytes for a in every[0]))
+        every += [random_inputs(*shape, dtype, device) for _ in range(more)]
+    weights = [[torch.randn_like(a) for a in (inputs[2], inputs[5])] for inputs in every]  # like o, like S
+    return [functools.partial(call, *each) for each in zip(every, weights)]
+
+
 def benchmark(device, dtype, names, limits):
     """
     Measure every implementation, shape and direction, with and without CUDA graph: a generator of rows, dicts with
@@ -662,18 +682,12 @@ def benchmark(device, dtype, names, limits):
         B, T, H, K, V = shape
         if rule is None or (impl == "recurrent" and 4 * B * T * H * K * V > 8e9):
             continue  # the definition keeps S at every token
-        inputs = random_inputs(*shape, dtype, device)
-        weights = [torch.randn_like(a) for a in (inputs[2], inputs[5])]  # like o, like S
-
-        def call():
-            with torch.set_grad_enabled(backward):
-                outputs = rule(*inputs)
-                return torch.autograd.grad(outputs, inputs, weights) if backward else outputs
-
+        calls = calls_of(rule, shape, dtype, device, backward)
         least = floor_seconds(shape, dtype.itemsize, backward, *limits)
         for graph in (False, True) if device == "cuda" else (False,):
             try:
-                median, low, high = measure(graphed(call) if graph else call, device)
+                turns = itertools.cycle([graphed(call) for call in calls] if graph else calls)
+                median, low, high = measure(lambda: next(turns)(), device)
             except Exception as error:  # Triton and fla raise what they like; the other rows are wanted all the same
                 print(f"{name}, {impl}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
                 continue
