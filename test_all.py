@@ -4701,6 +4701,7 @@ def test_repository_sentences_say_what_was_measured():
     loops = percents("depo_baselines", "hops 4", answer_passes=4)
     wide = [a for hops in range(1, 9) for a in percents("depo_wide", f"hops {hops}", N=4)]
     sixteen = percents("depo_hops16", "hops 16", steps=6000)
+    twenty = percents("depo_repeat", "hops 20", evaluated_N=20)
     two = percents("rule110_pass_clip_t32", "t=32 exact", pass_clip=2)
     four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
     eight = percents("rule110_rows_causal", "t=8 exact", steps=5000)
@@ -4727,7 +4728,7 @@ def test_repository_sentences_say_what_was_measured():
         "{:.0f}, {:.0f}, {:.0f} and {:.0f} % exact at t=7, causal": causal,
         "{:.0f}, {:.0f}, {:.0f} and {:.0f} % where attention sees": full,
         "sixteen passes answer {:.1f}, {:.1f} and {:.1f} %": sixteen,
-        "after 20 hops 20 passes answer {:.1f}, {:.1f} and {:.1f} %": percents("depo_repeat", "hops 20", evaluated_N=20),
+        "after 20 hops 20 passes answer {:.1f}, {:.1f} and {:.1f} %": twenty,
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
