@@ -650,7 +650,7 @@ def machine_limits(device, dtype):
 
 
 def calls_of(rule, shape, dtype, device, backward):
-    """One or more calls of a rule, for a GPU so many, each with inputs of its own, that they do not fit its cache.
+    """Calls of a rule, each with inputs of its own: on a GPU as many as do not fit its cache together, else one.
 
     Made in turn they read from memory, as a layer's calls do, and as the floor supposes.
     """

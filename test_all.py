@@ -4735,6 +4735,7 @@ def test_repository_sentences_say_what_was_measured():
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
         "lead to {:.1f} % exact and all 96 bits right in {:.1f} % of the problems": to_causal,
+        "begun from a model that saw the whole window, at {:.1f} % (one seed)": to_causal[:1],
         "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
         "At the *first* questions these are {:.0f} to {:.0f} and {:.0f} to {:.0f} points": apart[4:],
     }
