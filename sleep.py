@@ -18,7 +18,8 @@ not evicted) and writes S, too:
     11          loss <- MaskedCE(OutProj(h), c, m_c)
     14  backpropagate the loss through everything
 
-`Sleeper`, at the end, does the same with a stream of tokens, outside of training.
+`Sleeper`, at the end, sleeps in the same way over a stream of tokens, outside of training; there a question leaves no
+trace in S, unlike line 10's (not in the paper).
 
 Read next: eval.py
 """
