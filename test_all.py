@@ -4707,7 +4707,7 @@ def test_repository_sentences_say_what_was_measured():
     eight = percents("rule110_rows_causal", "t=8 exact", steps=5000)
     eight += percents("rule110_rows_causal", "t=8 exact", N=1)
     staged, once = (percents("rule110_rows_causal_t32", "t=32 exact", steps=steps) for steps in (1000, 8000))
-    to_causal = percents("rule110_rows_causal_four", "t=32 exact") + percents("rule110_rows_causal_four", "t=32 rows")
+    to_causal, its_rows = (percents("rule110_rows_causal_four", f"t=32 {of}") for of in ("exact", "rows"))
     apart = []  # from the third hop on, by how much each seed with more passes is above each with fewer
     for first, fewer, more_passes in (("", 1, 2), ("", 2, 4), ("first ", 1, 2), ("first ", 2, 4)):
         points = [
@@ -4734,7 +4734,9 @@ def test_repository_sentences_say_what_was_measured():
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (majority": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
-        "lead to {:.1f} % exact and all 96 bits right in {:.1f} % of the problems": to_causal,
+        "four get to {:.1f} and {:.1f} % (two seeds), begun": to_causal,
+        "lead to {:.1f} and {:.1f} % exact by seed": to_causal,
+        "all 96 bits right in {:.1f} and {:.1f} % of the problems": its_rows,
         "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
         "At the *first* questions these are {:.0f} to {:.0f} and {:.0f} to {:.0f} points": apart[4:],
     }
