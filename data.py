@@ -8,9 +8,9 @@ row), `answer_tokens` (in an answer, at most), and
     batch(seed, split, s, B)                x, y (int64) and m (bool), (B, T): tokens, what to predict, and which
                                             positions are scored; no row is scored in a window and another only later
                                             (sleep.split_chunks)
-    score(x, y, m, pred)                    what was answered right, one array per difficulty ("hops 3"), of which t,
-                                            if there is one, is part of the name; "first ...", "... bit" and "... rows"
-                                            repeat questions that stand under other names
+    score(x, y, m, pred)                    what was answered right, one array per difficulty, under a name whose first
+                                            number a figure shows ("hops 3", "t=8 exact"); "first ...", "... bit" and
+                                            "... rows" repeat questions that stand under other names
     losses(x, y, m, ce)                     under the same names {"loss": the mean cross-entropy of the answers}
     chance(x, y, m)                         under the same names what guessing scores, {"uniform": .., "majority": ..};
                                             gsm also "literal": a random number of the text

@@ -422,10 +422,11 @@ def flags_of(config):
     return flags
 
 
-def setting_of(run, elsewhere):
+def setting_of(run, elsewhere, shared):
     """What tells a run's column from others, a dict: its flags but for the seed, and how it was evaluated.
 
-    elsewhere: some run is evaluated at another t than it was trained with.
+    elsewhere: some run is evaluated at another t than it was trained with. shared: runs of several t have a line in
+    common, as Depo's "hops 1" of 1 to t.
     """
     setting = flags_of(run["config"])
     if setting["N"] == run["evaluated_N"] == setting["answer_passes"] == 1:
@@ -435,8 +436,8 @@ def setting_of(run, elsewhere):
     setting |= {"evaluated N": run["evaluated_N"], "tol": run["tol"]}
     if elsewhere:
         setting["trained t"] = run["config"]["t"]
-    if setting.get("hops") and run["evaluated_t"] is not None:
-        setting["evaluated t"] = run["evaluated_t"]  # Depo: all have the lines "hops 1", "hops 2", ...
+    if shared:
+        setting["evaluated t"] = run["evaluated_t"]
     return setting
 
 
@@ -448,8 +449,10 @@ def groups_of(runs):
     """
     settings, groups = {}, {}
     elsewhere = any(run["evaluated_t"] != run["config"]["t"] for run in runs)
+    lines = {(line, run["evaluated_t"]) for run in runs for line in run.get("rows", ())}
+    shared = len(lines) > len({line for line, _ in lines})
     for run in runs:
-        setting = setting_of(run, elsewhere)
+        setting = setting_of(run, elsewhere, shared)
         name = json.dumps(setting, sort_keys=True)
         settings[name] = setting
         for other in groups.setdefault(name, []):
@@ -1463,12 +1466,13 @@ def compare(args, loaded):
             algorithm_of(model, config | {"N": N, "tol": tol})  # refuse now, not when the others have been scored
             jobs.append((path, (model, asked, config, progress), N, tol))
     runs = [describe_run(*job) for job in jobs]
-    columns = columns_of(runs)  # of the same dicts that are scored below; refuses now that a run is given twice
+    columns_of(runs)  # refuse now that a run is given twice
     about = problems_of(args) | machine_of(args)
     for i, (run, (_, one, _, _)) in enumerate(zip(runs, jobs), 1):
         score_run(run, one, args)
         if args.json:  # after every run: what is scored is not lost, whatever becomes of the rest or of the screen
             write_json(args.json, about | {"runs": runs[:i]})
+    columns = columns_of(runs)
     print(report(columns, args))
     if args.plot:
         plot(columns, args.plot, f"{args.n} {args.split} problems")
