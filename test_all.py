@@ -4729,8 +4729,8 @@ def test_repository_sentences_say_what_was_measured():
         ]
         apart += [min(points), max(points)]
     said = {
-        "one pass ends at {:.0f} % of hop 4": [np.mean(more)],
-        "1.5 times the FLOPs of four passes, at {:.0f} %": [np.mean(loops)],
+        "ends at {:.0f} % at hop 4; one that loops": [np.mean(more)],
+        "answering ends at {:.0f} %, with 1.5 times": [np.mean(loops)],
         "four answer {:.0f} to {:.0f} % of each of the eight": [min(wide), max(wide)],
         "{:.1f}, {:.1f} and {:.1f} % of the problems with two": two,
         "with two strings and in {:.1f}, {:.1f} and {:.1f} % with four": four,
@@ -4745,7 +4745,7 @@ def test_repository_sentences_say_what_was_measured():
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (majority": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
-        "four get to {:.1f} and {:.1f} % (two seeds; the third": to_causal,
+        "four strings get to {:.1f} and {:.1f} % (two seeds; the third": to_causal,
         "lead to {:.1f} and {:.1f} % exact in two seeds": to_causal,
         "all 96 bits right in {:.1f} and {:.1f} % of the problems": its_rows,
         "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
