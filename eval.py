@@ -126,7 +126,7 @@ FREE |= {"save_every", "log_every", "eval_every", "eval_n", "test_n", "accumulat
 LATER_FLAGS = dict(
     evict="hard", sleep_attention="causal", answer_passes=1, random_N=False, learn="all",
     init_from=None, init_dir=None, problems=None, start_from=None, mode="both", difficulty="both", question="first",
-    worked=False, ask="bit", grow=0.0, pass_clip=0.0,
+    worked=False, ask="bit", grow=0.0, pass_clip=0.0, alternate=False,
     pace=False, reinject=False,  # gone: named, so that runs from before and after are alike (grow had another meaning)
 )  # fmt: skip
 
@@ -233,6 +233,7 @@ def sleep_config(config):
         keep=kept_tokens(config["evict"], config["L"]),
         causal=config["sleep_attention"] == "causal",
         tol=config.get("tol", 0.0),
+        alternate=config["alternate"],
         pass_clip=config["pass_clip"],
     )
 
@@ -393,7 +394,7 @@ def comparison_table(columns, field="accuracy"):
 # several runs side by side
 
 NOT_SETTING = FREE | {"task", "preset", "seed", "t"}  # t is a difficulty: a line of the table, but see setting_of
-OF_LATER_PASSES = ("reinject", "pass_clip")  # flags that mean nothing with one pass
+OF_LATER_PASSES = ("reinject", "pass_clip", "alternate")  # flags that mean nothing with one pass
 
 
 def describe(config):

@@ -91,6 +91,7 @@ class SleepConfig:
     keep: int | float = 0  # tokens of attention cache that survive an eviction, see kept_tokens
     causal: bool = True  # not in the paper: False lets attention see the whole window while asleep
     tol: float = 0.0  # not in the paper: wake after the first pass that changes S by at most this fraction; 0: never
+    alternate: bool = False  # not in the paper: every second pass reads the window backwards
     pass_clip: float = 0.0  # not in the paper: no pass gets more than this many times the last one's gradient; 0: any
 
     def __post_init__(self):
@@ -102,6 +103,8 @@ class SleepConfig:
             raise ValueError(f"tol is a fraction of the size of S, 0 or more, got {self.tol}")
         if self.pass_clip and not 1 <= self.pass_clip < math.inf:
             raise ValueError(f"pass_clip is a multiple of the last pass's gradient, 1 or more, got {self.pass_clip}")
+        if self.alternate and self.keep:
+            raise ValueError("a pass backwards leaves no cache to go on from: use hard eviction, or do not alternate")
         if self.tol and self.loop:
             raise ValueError("with tol any pass may be the last, so all blocks must be looped (no loop): leave tol out")
 
@@ -170,7 +173,9 @@ def sleep_passes(model, h, state, config, use_checkpoint=False):
 
     def one_pass(n, h, *args):  # checkpointed as a whole: h is kept, what feed_back makes of it is not
         fed_in = model.feed_back(h) if n > 1 else h
-        return fed_in, *model.blocks(fed_in, *args)
+        backwards = config.alternate and n % 2 == 0  # not in the paper: then each token sees the later ones
+        h, new = model.blocks(fed_in.flip(1) if backwards else fed_in, *args)
+        return fed_in, h.flip(1) if backwards and h is not None else h, new
 
     for n, layers in enumerate(blocks_of_passes(model.config.pattern, config), 1):
         # only h and S go from pass to pass: each starts from the cache and the convolution history of the chunk before,

@@ -269,12 +269,12 @@ def ref_head(model, h):
     return ref_rmsnorm(h, weights["norm.weight"]) @ weights["head_proj.weight"].T
 
 
-def ref_algorithm1(model, x, predicts, L, N, loop=None, window=None, causal=True, answer_passes=1):
+def ref_algorithm1(model, x, predicts, L, N, loop=None, window=None, causal=True, answer_passes=1, alternate=False):
     """Algorithm 1 as printed: every pass runs all of its blocks, dead or not. Logits of the prediction chunks.
 
     window: None for hard eviction; else nothing restarts (see ref_blocks): attention and convolution go on from what
     the last pass over a chunk read. causal: of attention while asleep; answer_passes: over prediction chunks, each from
-    the same S.
+    the same S; alternate: every second pass over the others gets the chunk back to front.
     """
     n_layer, S, logits, inputs = len(model.layers), ref_zero_S(model, len(x)), [], {}
     first, last = loop or (0, n_layer)
@@ -287,7 +287,10 @@ def ref_algorithm1(model, x, predicts, L, N, loop=None, window=None, causal=True
             layers = range(0 if predict or n == 1 else first, n_layer if predict or n == N else last)
             if predict:
                 S.update(before)
-            h = ref_blocks(model, h, S, layers, L, window, seen, inputs, causal or predict)
+            order = list(range(h.shape[1]))
+            if alternate and not predict and n in range(2, N + 1, 2):
+                order.reverse()
+            h = ref_blocks(model, h[:, order], S, layers, L, window, seen, inputs, causal or predict)[:, order]
         if predict:
             logits.append(ref_head(model, h))
         if seen is not None:
@@ -899,11 +902,13 @@ def test_model_mixed_precision_keeps_S_gates_and_logits():
 L = 6  # the window of this section
 
 
-def run_algorithm1(model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1):
+def run_algorithm1(
+    model, x, predicts, N, loop=None, keep=0, causal=True, answer_passes=1, alternate=False, use_checkpoint=False
+):
     """Logits of the prediction chunks, (B, T_pred, vocab_size)."""
     m = answers_in(predicts, L, len(x), last=x.shape[1] - L * (len(predicts) - 1))
-    config = SleepConfig(N, loop, keep, causal=causal)
-    algorithm = Algorithm1(model, config, answer_passes=answer_passes)
+    config = SleepConfig(N, loop, keep, causal=causal, alternate=alternate)
+    algorithm = Algorithm1(model, config, use_checkpoint, answer_passes)
     return algorithm.logits(x, m, split_chunks(m, L))[0]
 
 
@@ -958,6 +963,43 @@ def test_sleep_with_full_attention_sees_all_of_the_window(eviction, pattern, N, 
     want = ref_algorithm1(model, x, predicts, L, N, loop, ref_window(eviction, x.shape[1]), causal=False)
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L), causal=False), want) <= 1e-9
     assert error(run_algorithm1(model, x, predicts, N, loop, kept_tokens(eviction, L)), want) >= 1e-6
+
+
+@pytest.mark.parametrize("use_checkpoint", (False, True), ids=("stored", "recomputed"))
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "full"))
+@pytest.mark.parametrize(
+    "pattern, N, loop", (("ADAD", 1, None), ("AD", 2, None), ("DADA", 3, None), ("AADD", 4, (1, 3)))
+)
+def test_sleep_alternates_the_direction_of_its_passes(pattern, N, loop, causal, use_checkpoint):
+    """--alternate: another pass reads backwards, its features come back in its order, or answers are read so, too."""
+    model, x, predicts = random_model(pattern, n_pos=L), random_ids(2, 3 * L + 4), [False, True, False, True]
+    want = ref_algorithm1(model, x, predicts, L, N, loop, causal=causal, alternate=True)
+    got = run_algorithm1(model, x, predicts, N, loop, 0, causal, 1, True, use_checkpoint)
+    assert error(got, want) <= 1e-9
+    assert (error(run_algorithm1(model, x, predicts, N, loop, causal=causal), want) >= 1e-6) == (N > 1)
+    asked, parameters = torch.randn_like(want), list(model.parameters())
+    found = torch.autograd.grad((got * asked).sum(), parameters, allow_unused=True)
+    along, ends = [torch.randn_like(p) for p in parameters], []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            for p, a in zip(parameters, along):
+                p += step * a
+        ends.append((ref_algorithm1(model, x, predicts, L, N, loop, causal=causal, alternate=True) * asked).sum())
+    slope = sum((g * a).sum() for g, a in zip(found, along) if g is not None)
+    assert error(slope, (ends[0] - ends[1]) / 2e-6) <= 1e-5
+
+
+def test_sleep_alternating_tells_features_in_the_order_of_the_text():
+    """A probe of the features at a position finds those of another token."""
+    model, h = random_model("DAD"), torch.randn(2, L, 16, dtype=torch.float64)
+    config, state = SleepConfig(3, alternate=True), model.initial_state()
+    fed_in, states = zip(*sleep_passes(model, h, state, config))
+    second = model.blocks(h, state)[0]
+    third = model.blocks(second.flip(1), [LayerState(S=layer.S) for layer in states[0]])[0].flip(1)
+    for got, want in zip(fed_in, (h, second, third), strict=True):
+        assert error(got, want) <= 1e-12
+    with pytest.raises(ValueError, match="hard eviction"):
+        SleepConfig(3, keep=L - 1, alternate=True)
 
 
 @pytest.mark.parametrize("use_checkpoint", (False, True), ids=("stored", "recomputed"))
@@ -3202,7 +3244,7 @@ def assert_resumes_exactly(flags, folder, monkeypatch):
     "flags",
     (
         RULE110,
-        DEPO + " --accumulate 2 --checkpoint",
+        DEPO + " --accumulate 2 --checkpoint --alternate",
         RULE110 + " --evict sliding --learn delta --strings 3",
         DEPO + " --random-N --sleep-attention full --answer-passes 2",
         RULE110 + " --ask row --t 4 --grow 0.6",
@@ -3295,6 +3337,7 @@ BAD_FLAGS = {
     "unknown eviction": ("--evict soft", "--evict"),
     "workers": ("--workers -1", "--workers"),
     "pass clip": ("--pass-clip 0.5", "pass_clip"),
+    "backwards with a cache": ("--alternate --evict sliding", "hard eviction"),
     "neither bit nor row": ("--ask rows", "--ask"),
     "nothing to grow": ("--grow 0.5", "--grow"),
     "more hops than can be said": ("--t 3", "--hops"),
@@ -3443,7 +3486,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("flags", (RULE110, DEPO + " --checkpoint --pass-clip 2", DEPO + " --evict sliding"))
+@pytest.mark.parametrize(
+    "flags", (RULE110, DEPO + " --checkpoint --pass-clip 2 --alternate", DEPO + " --evict sliding")
+)
 def test_train_step_does_not_wait_for_the_device(flags):
     """Forward, backward and clipping read a number from the device, for which the host then waits in every step."""
     trainer = train.Trainer(config_of(flags, "--accumulate", 2))
@@ -3828,6 +3873,8 @@ def test_train_flags_reach_the_model_and_its_sleep(tmp_path):
     algorithm, model = train.Trainer(config).plain_algorithm, evaluation.load_run(config.out, "cpu")[0]
     assert algorithm.use_checkpoint and algorithm.answer_passes == 3
     assert algorithm.config == SleepConfig(2, (0, 1), keep=7, causal=False, pass_clip=2.5)
+    alternating = evaluation.sleep_config(vars(config_of(RULE110, "--alternate")))
+    assert alternating == SleepConfig(2, alternate=True)
     for c in (algorithm.model.config, model.config):
         assert (c.pattern, c.n_pos, c.conv, c.n_kv_head, c.d_mlp, c.rope_theta) == ("DAD", 8, 3, 1, 20, 500)
 

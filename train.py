@@ -119,6 +119,7 @@ class Config:
     loop: str = flag(None, "blocks that are looped while asleep, first:last+1 (default all)")
     evict: str = flag("hard", "hard: only S survives a window; sliding: and the cache of L-1 tokens; all: all of it")
     sleep_attention: str = flag("causal", "causal, or full: while asleep, see all of the window; answers stay causal")
+    alternate: bool = flag(False, "every second pass over a window reads it backwards; needs --evict hard")
     pass_clip: float = flag(0.0, "no pass gets more than this many times the last one's gradient; 0: as much as it is")
     random_N: bool = flag(False, "draw each step's passes from 1..N, so that one model serves every N")
     grow: float = flag(
