@@ -4765,6 +4765,7 @@ def test_repository_sentences_say_what_was_measured():
     four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
     eight = percents("rule110_rows_causal", "t=8 exact", steps=5000, alternate=False)
     eight += percents("rule110_rows_causal", "t=8 exact", N=1)
+    backwards, both = (percents("rule110_rows_causal", f"t=8 {of}", alternate=True) for of in ("exact", "rows"))
     staged, once = (percents("rule110_rows_causal_t32", "t=32 exact", steps=steps) for steps in (1000, 8000))
     to_causal, its_rows = (percents("rule110_rows_causal_four", f"t=32 {of}") for of in ("exact", "rows"))
     apart = []  # from the third hop on, by how much each seed with more passes is above each with fewer
@@ -4791,6 +4792,8 @@ def test_repository_sentences_say_what_was_measured():
         "without `--pass-clip` seed 1 ends at {:.1f} %": percents("depo_hops16", "hops 16", steps=6000, pass_clip=0),
         "after 20 hops 20 passes answer {:.1f}, {:.1f} and {:.1f} %": twenty,
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
+        "that were run, end at {:.1f} and {:.1f} % exact, all 48 bits": backwards,
+        "exact, all 48 bits right in {:.1f} and {:.1f} % ([table]": both,
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (majority": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
         "four strings get to {:.1f} and {:.1f} % (two seeds; the third": to_causal,
