@@ -4765,6 +4765,7 @@ def test_repository_sentences_say_what_was_measured():
     four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
     eight = percents("rule110_rows_causal", "t=8 exact", steps=5000, alternate=False)
     eight += percents("rule110_rows_causal", "t=8 exact", N=1)
+    swinging = percents("rule110_rows_alternate", "t=32 exact") + percents("rule110_rows_alternate", "t=32 rows")
     backwards, both = (percents("rule110_rows_causal", f"t=8 {of}", alternate=True) for of in ("exact", "rows"))
     staged, once = (percents("rule110_rows_causal_t32", "t=32 exact", steps=steps) for steps in (1000, 8000))
     to_causal, its_rows = (percents("rule110_rows_causal_four", f"t=32 {of}") for of in ("exact", "rows"))
@@ -4793,7 +4794,9 @@ def test_repository_sentences_say_what_was_measured():
         "after 20 hops 20 passes answer {:.1f}, {:.1f} and {:.1f} %": twenty,
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
         "that were run, end at {:.1f} and {:.1f} % exact, all 48 bits": backwards,
-        "exact, all 48 bits right in {:.1f} and {:.1f} % ([table]": both,
+        "exact, all 48 bits right in {:.1f} and {:.1f} %. And four": both,
+        "end after 32 steps at {:.1f} % exact, all 96 bits right in {:.1f} %, in one training": swinging,
+        "and to {:.1f} % from scratch if every second pass": swinging[:1],
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (majority": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
         "four strings get to {:.1f} and {:.1f} % (two seeds; the third": to_causal,
