@@ -163,10 +163,11 @@ def blocks_of_passes(pattern, config):
 
 
 def sleep_passes(model, h, state, config, use_checkpoint=False):
-    """Lines 6 and 7: the N passes over one chunk, one by one; yields (features fed into the pass, state after it).
+    """Lines 6 and 7: the N passes over one chunk, one by one; yields (what is fed in, state after the pass).
 
-    h (B, T, d_model): the embedded chunk; state: what the last eviction left. use_checkpoint: keep only h and S of each
-    pass for the backward, recompute the rest; memory then grows with N by one h and one S per pass.
+    h (B, T, d_model): the embedded chunk, and like it what is fed in: in the order of the text, also where a pass reads
+    it backwards. state: what the last eviction left. use_checkpoint: keep only h and S of each pass for the backward,
+    recompute the rest; memory then grows with N by one h and one S per pass.
     """
     old = state
     limits = [[] for _ in range(len(state) + 1)]  # for each block's S, and for the features
