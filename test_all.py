@@ -4736,32 +4736,24 @@ def percents(name, row, **flags):
     return [100 * run["rows"][row]["accuracy"] for run in sorted(runs, key=lambda run: run["config"]["seed"])]
 
 
-def test_repository_sentences_say_what_was_measured():
-    """A number that the README gives in a sentence, where no command writes it, is another one in the results."""
+def check_sentences(said):
+    """The README has each of these sentences, a format, filled in with these numbers."""
     text = " ".join((HERE / "README.md").read_text().split())
-    reach = [np.mean(percents("rule110_t", f"t={t} exact")) for t in (2, 4, 6, 7, 8)]
-    causal, full = (
-        [np.mean(percents(f"rule110_t7{a}", "t=7 exact", N=N)) for N in (1, 2, 3, 4)] for a in ("_causal", "")
-    )
+    for words, numbers in said.items():
+        assert words.format(*numbers) in text, words.format(*numbers)
+
+
+# a number that the README gives in a sentence, where no command writes it, is another one in the results
+
+
+def test_repository_sentences_about_depo_say_what_was_measured():
+    """More steps or layers, loops, twelve nodes, sixteen hops, or passes backwards ended elsewhere."""
     more = percents("depo_baselines", "hops 4", N=1, steps=6200), percents("depo_baselines", "hops 4", pattern="ADAD")
     loops = percents("depo_baselines", "hops 4", answer_passes=4)
     wide = [a for hops in range(1, 9) for a in percents("depo_wide", f"hops {hops}", N=4)]
     sixteen = percents("depo_hops16", "hops 16", steps=6000, pass_clip=2)
     twenty = percents("depo_repeat", "hops 20", evaluated_N=20)
-    two = percents("rule110_pass_clip_t32", "t=32 exact", pass_clip=2)
-    four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
-    eight = percents("rule110_rows_causal", "t=8 exact", steps=5000, alternate=False)
-    eight += percents("rule110_rows_causal", "t=8 exact", N=1)
-    backwards_four, backwards_four_rows = (percents("rule110_rows_alternate", f"t=32 {of}") for of in ("exact", "rows"))
-    one_bit = percents("rule110_t7_remedies", "t=7 exact", alternate=True)
-    lower = np.subtract(percents("rule110_t7_causal", "t=7 exact", N=4), one_bit)
-    depo_backwards = percents("depo_recipes", "hops 4", alternate=True)
-    depo_lower = np.subtract(percents("depo_tiny", "hops 4", N=4), depo_backwards)
-    backwards, backwards_rows = (
-        percents("rule110_rows_causal", f"t=8 {of}", alternate=True) for of in ("exact", "rows")
-    )
-    staged, once = (percents("rule110_rows_causal_t32", "t=32 exact", steps=steps) for steps in (1000, 8000))
-    to_causal, to_causal_rows = (percents("rule110_rows_causal_four", f"t=32 {of}") for of in ("exact", "rows"))
+    lower = np.subtract(percents("depo_tiny", "hops 4", N=4), percents("depo_recipes", "hops 4", alternate=True))
     apart = []  # from the third hop on, by how much each seed with more passes is above each with fewer
     for first, fewer, more_passes in (("", 1, 2), ("", 2, 4), ("first ", 1, 2), ("first ", 2, 4)):
         points = [
@@ -4775,6 +4767,25 @@ def test_repository_sentences_say_what_was_measured():
         "ends at {:.0f} % at hop 4; one that loops": [np.mean(more)],
         "answering ends at {:.0f} %, with 1.5 times": [np.mean(loops)],
         "four answer {:.0f} to {:.0f} % of each of the eight": [min(wide), max(wide)],
+        "sixteen passes answer {:.1f}, {:.1f} and {:.1f} %": sixteen,
+        "without `--pass-clip` seed 1 ends at {:.1f} %": percents("depo_hops16", "hops 16", steps=6000, pass_clip=0),
+        "after 20 hops 20 passes answer {:.1f}, {:.1f} and {:.1f} %": twenty,
+        "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
+        "At the *first* questions these are {:.0f} to {:.0f} and {:.0f} to {:.0f} points": apart[4:],
+        "asked for, by {:.0f} to {:.0f} on Depo at four hops": [min(lower), max(lower)],
+    }
+    check_sentences(said)
+
+
+def test_repository_sentences_about_rule_110_say_what_was_measured():
+    """How far one pass reaches, what more buy at seven steps, or 32 steps of whole rows ended elsewhere."""
+    reach = [np.mean(percents("rule110_t", f"t={t} exact")) for t in (2, 4, 6, 7, 8)]
+    causal, full = (
+        [np.mean(percents(f"rule110_t7{a}", "t=7 exact", N=N)) for N in (1, 2, 3, 4)] for a in ("_causal", "")
+    )
+    two = percents("rule110_pass_clip_t32", "t=32 exact", pass_clip=2)
+    four, rows = (percents("rule110_pass_clip_four", f"t=32 {of}") for of in ("exact", "rows"))
+    said = {
         "{:.1f}, {:.1f} and {:.1f} % of the problems with two": two,
         "with two strings and in {:.1f}, {:.1f} and {:.1f} % with four": four,
         "the paper's question in {:.1f}, {:.1f} and {:.1f} % of the problems": four,
@@ -4782,9 +4793,23 @@ def test_repository_sentences_say_what_was_measured():
         "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} % at t = 2, 4, 6, 7, 8": reach,
         "{:.0f}, {:.0f}, {:.0f} and {:.0f} % exact at t=7, but": causal,
         "then end at {:.1f}, {:.1f}, {:.1f} and {:.1f} %, and three": full,
-        "sixteen passes answer {:.1f}, {:.1f} and {:.1f} %": sixteen,
-        "without `--pass-clip` seed 1 ends at {:.1f} %": percents("depo_hops16", "hops 16", steps=6000, pass_clip=0),
-        "after 20 hops 20 passes answer {:.1f}, {:.1f} and {:.1f} %": twenty,
+    }
+    check_sentences(said)
+
+
+def test_repository_sentences_about_causal_rows_say_what_was_measured():
+    """Whole rows with causal passes, all forwards or every second one backwards, ended elsewhere."""
+    eight = percents("rule110_rows_causal", "t=8 exact", steps=5000, alternate=False)
+    eight += percents("rule110_rows_causal", "t=8 exact", N=1)
+    staged, once = (percents("rule110_rows_causal_t32", "t=32 exact", steps=steps) for steps in (1000, 8000))
+    to_causal, to_causal_rows = (percents("rule110_rows_causal_four", f"t=32 {of}") for of in ("exact", "rows"))
+    backwards, backwards_rows = (
+        percents("rule110_rows_causal", f"t=8 {of}", alternate=True) for of in ("exact", "rows")
+    )
+    backwards_four, backwards_four_rows = (percents("rule110_rows_alternate", f"t=32 {of}") for of in ("exact", "rows"))
+    one_bit = percents("rule110_t7_remedies", "t=7 exact", alternate=True)
+    lower = np.subtract(percents("rule110_t7_causal", "t=7 exact", N=4), one_bit)
+    said = {
         "steps end at {:.1f}, {:.1f} and {:.1f} % exact by seed (one pass with as many FLOPs at {:.1f}": eight,
         "end at {:.1f}, {:.1f} and {:.1f} % exact, all 48 bits": backwards,
         "exact, all 48 bits right in {:.1f}, {:.1f} and {:.1f} %. And four": backwards_rows,
@@ -4792,17 +4817,13 @@ def test_repository_sentences_say_what_was_measured():
         "exact, all 96 bits right in {:.1f}, {:.1f} and {:.1f} %, in one training": backwards_four_rows,
         "and to {:.1f}, {:.1f} and {:.1f} % from scratch if every second pass": backwards_four,
         "lower with it in every seed, by {:.0f} to {:.0f} points": [min(lower), max(lower)],
-        "asked for, by {:.0f} to {:.0f} on Depo at four hops": [min(depo_lower), max(depo_lower)],
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (majority": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
         "four strings get to {:.1f} and {:.1f} % (two seeds; the third": to_causal,
         "lead to {:.1f} and {:.1f} % exact in two seeds": to_causal,
         "all 96 bits right in {:.1f} and {:.1f} % of the problems": to_causal_rows,
-        "by {:.0f} to {:.0f} points, and every seed with four above all with two, by {:.0f} to {:.0f}.": apart[:4],
-        "At the *first* questions these are {:.0f} to {:.0f} and {:.0f} to {:.0f} points": apart[4:],
     }
-    for words, numbers in said.items():
-        assert words.format(*numbers) in text, words.format(*numbers)
+    check_sentences(said)
 
 
 def test_repository_flags_since_the_first_results_have_a_value_for_earlier_runs():
