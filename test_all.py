@@ -4807,6 +4807,7 @@ def test_repository_sentences_about_causal_rows_say_what_was_measured():
         percents("rule110_rows_causal", f"t=8 {of}", alternate=True) for of in ("exact", "rows")
     )
     backwards_four, backwards_four_rows = (percents("rule110_rows_alternate", f"t=32 {of}") for of in ("exact", "rows"))
+    longer = [percents("rule110_rows_alternate_8000", f"t=32 {of}")[0] for of in ("exact", "rows")]
     one_bit = percents("rule110_t7_remedies", "t=7 exact", alternate=True)
     lower = np.subtract(percents("rule110_t7_causal", "t=7 exact", N=4), one_bit)
     said = {
@@ -4816,6 +4817,8 @@ def test_repository_sentences_about_causal_rows_say_what_was_measured():
         "end after 32 steps at {:.1f}, {:.1f} and {:.1f} % exact, all 96 bits": backwards_four,
         "exact, all 96 bits right in {:.1f}, {:.1f} and {:.1f} %, in one training": backwards_four_rows,
         "and to {:.1f}, {:.1f} and {:.1f} % from scratch if every second pass": backwards_four,
+        "(the third to {:.1f} with 1.6 times the steps)": longer[:1],
+        "5,000 it ends at {:.1f} % exact and all 96 bits right in {:.1f} % (the other": longer,
         "lower with it in every seed, by {:.0f} to {:.0f} points": [min(lower), max(lower)],
         "in one training from scratch at {:.1f}, {:.1f} and {:.1f} % (majority": once,
         "are trained on at {:.1f} and {:.1f} %, and at the majority answer in the third": staged[:2],
