@@ -4891,8 +4891,11 @@ def test_repository_program_for_a_stream_runs(monkeypatch, tmp_path, capsys):
 
 def test_repository_predictions_for_a_gpu_are_those_of_the_code():
     """The table of what waits for a GPU has FLOPs, minutes or memory of other presets, or a command that is refused."""
-    dry_runs = json.loads((HERE / "results" / "gpu_dry_run.json").read_text())["waiting"]
-    for row in json.loads((HERE / "results" / "gpu_predicted.json").read_text())["rows"]:
+    dry_runs = json.loads((HERE / "results" / "gpu_dry_run.json").read_text())
+    public = [f"{dry['peak_memory_mib'] / 1024:.0f}" for dry in dry_runs["public"]]
+    check_sentences({"PyTorch's allocator for GPUs took {}, {}, {}, {} and {} GiB for the rows": public})
+    rows = json.loads((HERE / "results" / "gpu_predicted.json").read_text())["rows"]
+    for row, dry in zip(rows, dry_runs["waiting"], strict=True):
         config = train.parse_config(row["command"].strip("`").split()[2:])
         task = train.build_task(vars(config))
         chunks = split_chunks(task.batch(0, "train", 0, 4)[2], config.L)
@@ -4902,7 +4905,6 @@ def test_repository_predictions_for_a_gpu_are_those_of_the_code():
         minutes = [f * (4 / 3 if config.checkpoint else 1) / (0.1 * 989e12) / 60 for f in flops]
         assert row["pflop"] == " / ".join(f"{f / 1e15:,.0f}" for f in flops)
         assert row["minutes"] == " / ".join(f"{m:,.0f}" for m in minutes)
-        dry = dry_runs.pop(0)
         ran = train.parse_config(dry["command"].split()[2:])
         free = evaluation.FREE - {"checkpoint", "cuda_graph", "accumulate"} | {"steps", "N"}
         assert all(value == getattr(config, name) for name, value in vars(ran).items() if name not in free)
