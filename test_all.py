@@ -570,11 +570,10 @@ def recorded_launches(dtype, T, K, V, read=True, later=True):
     return found
 
 
-def compile_offline(kernel, args, options):
-    """Compile one launch for an H200 (sm_90) without one: bytes spilled, wgmma products, bytes of shared memory."""
+def compile_for_h200(kernel, args, options):
+    """Compile one launch for an H200 (sm_90) without one."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import compiler
 
     pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
@@ -590,7 +589,13 @@ def compile_offline(kernel, args, options):
     assert types.keys() == set(kernel.arg_names)
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(kernel, types, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+
+
+def cost_of(compiled):
+    """What ptxas says of a compiled kernel: bytes spilled, wgmma products, bytes of shared memory."""
+    from triton.backends.nvidia import compiler
+
     try:
         ptxas = compiler.get_ptxas(90)
     except TypeError:  # before Triton 3.9
@@ -615,7 +620,7 @@ def compiled_offline():
     found = {}
     for case in cases:
         for name, launch in recorded_launches(*case).items():
-            found[f"{case} {name}"] = compile_offline(getattr(kernels, name), *launch)
+            found[f"{case} {name}"] = cost_of(compile_for_h200(getattr(kernels, name), *launch))
     print(json.dumps(found))
 
 
@@ -629,6 +634,464 @@ def test_kernel_triton_compiles_for_the_h200():
         # the exceptions: float32 needs three products for each one, and K above 64 is short of a register or two
         allowed = 2000 if "float32" in case else 0 if "75, 64, 64" in case else 16
         assert spilled <= allowed, (case, spilled)
+
+
+# -----------------------------------------------------------------------------
+# kernels.py: Triton, compiled for an H200 and executed without one. What the compiler writes, PTX, is an assembly
+# language: here the threads of a program take its instructions one by one, in lockstep
+
+UNSIGNED = {bits: np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)}
+KINDS = {f"{kind}{bits}": np.dtype(f"{code}{bits // 8}") for kind, code in zip("busf", "uuif") for bits in (16, 32, 64)}
+KINDS["pred"] = np.dtype(bool)
+COMPARISONS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal}
+COMPARISONS |= {"ne": np.not_equal, "num": lambda a, b: (a == a) & (b == b), "nan": lambda a, b: (a != a) | (b != b)}
+OPERATIONS = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": lambda a, b, c: a * b + c, "neg": np.negative,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "min": np.minimum,
+    "max": np.maximum, "shl": np.left_shift, "shr": np.right_shift, "ex2": np.exp2,
+    "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype),  # rounded once
+    "div": lambda a, b: (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype),  # of integers, towards 0
+}  # fmt: skip
+
+
+def from_bfloat16(bits):
+    """uint16 -> float32."""
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
+
+
+def to_bfloat16(a):
+    """float32 -> uint16, rounded to even."""
+    return torch.from_numpy(a).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+class GlobalMemory:
+    """The tensors of a launch, each at an address of its own."""
+
+    def __init__(self, tensors):
+        self.bytes, self.addresses = [], []
+        for i, a in enumerate(tensors, 1):
+            self.bytes.append(torch.tensor([], dtype=torch.uint8).set_(a.untyped_storage()).numpy())
+            self.addresses.append((i << 40) + a.storage_offset() * a.element_size())
+        self.writers = [np.full(len(a), -1) for a in self.bytes]
+
+    def access(self, at, size, program, new=None):
+        """Bytes (n, size) from addresses (n,) on; with `new`, (n, size), written there by a program."""
+        tensor = int(at[0] >> 40) - 1
+        index = (at - (tensor + 1 << 40))[:, None] + np.arange(size)
+        memory, writers = self.bytes[tensor], self.writers[tensor]
+        assert (at % size == 0).all() and index.min() >= 0 and index.max() < len(memory), "outside of a tensor"
+        assert np.isin(writers[index], (-1, program)).all(), "another program wrote this"
+        if new is not None:
+            memory[index], writers[index] = new, program
+        return memory[index]
+
+
+class SharedMemory:
+    """A program's shared memory, and which warp touched which byte since the last barrier."""
+
+    NOBODY, SEVERAL = -1, -2
+
+    def __init__(self, size):
+        self.bytes, self.known, self.flying = np.zeros(size, np.uint8), np.zeros(size, bool), np.zeros(size, bool)
+        self.barrier()
+
+    def barrier(self):
+        self.readers, self.writers = (np.full(len(self.bytes), self.NOBODY) for _ in range(2))
+
+    def read(self, at, warp):
+        """Bytes `at` some places, read by one warp."""
+        assert self.known[at].all() and not self.flying[at].any(), "nothing was written there, or not yet"
+        assert np.isin(self.writers[at], (self.NOBODY, warp)).all(), "another warp wrote this, and no barrier followed"
+        alone = np.isin(self.readers[at], (self.NOBODY, warp))
+        self.readers[at] = np.where(alone, warp, self.SEVERAL)
+        return self.bytes[at]
+
+    def write(self, at, warp, new=None):
+        """`new` to some places, by one warp; without it, the start of an asynchronous copy."""
+        assert np.isin(self.readers[at], (self.NOBODY, warp)).all(), "another warp reads this, and no barrier followed"
+        assert not self.flying[at].any(), "a copy into this may still be under way"
+        others = ~np.isin(self.writers[at], (self.NOBODY, warp))
+        if new is not None:  # several threads may hold the same number, and all write it
+            others &= self.bytes[at] != new
+            self.bytes[at] = new
+            assert (self.bytes[at] == new).all(), "one warp writes two different numbers"
+        assert not others.any(), "another warp wrote this, and no barrier followed"
+        self.known[at], self.writers[at], self.flying[at] = True, warp, new is None
+
+    def land(self, at, warp, new):
+        """The end of an asynchronous copy."""
+        self.bytes[at], self.flying[at], self.writers[at] = new, False, warp
+
+
+class Program:
+    """One program (CTA) of a launch. Registers are arrays over its threads, of bits; those of predicates, bool."""
+
+    def __init__(self, ptx, arguments, memory, shared, warps, number):
+        self.arguments, self.memory, self.shared, self.warps, self.number = arguments, memory, shared, warps, number
+        self.n = 32 * warps
+        thread = np.arange(self.n, dtype=np.uint32)
+        self.warp, self.lane = thread // 32, thread % 32
+        self.registers = {"%tid.x": thread, "%ctaid.x": np.full_like(thread, number)}
+        self.registers["global_smem"] = np.zeros_like(thread)
+        self.copies = [[]]  # asynchronous ones, by group; the last group is open
+        self.run(*ptx)
+
+    def run(self, code, labels):
+        i = 0
+        while True:
+            guard, name, arguments = code[i]
+            on, i = np.ones(self.n, bool), i + 1
+            if guard:
+                on = self.registers[guard.lstrip("!")] ^ guard.startswith("!")
+            kind, *modifiers = name.split(".")
+            if kind in ("bra", "ret"):
+                assert on.all() or not on.any(), "threads part"
+                if on.all() and kind == "ret":
+                    return
+                i = labels[arguments[0]] if on.all() else i
+            elif kind in OPERATIONS:
+                self.operation(kind, modifiers, *arguments, on=on)
+            elif method := getattr(self, f"do_{kind}", None):
+                method(modifiers, *arguments, on=on)
+            else:
+                raise NotImplementedError(name)
+
+    def get(self, text, kind):
+        """An operand, a register or a number, as an array (threads,) of some kind."""
+        kind = KINDS[kind]
+        if text in self.registers:
+            a = self.registers[text]
+        elif text.startswith(("0f", "0d")):
+            a = np.full(self.n, int(text[2:], 16), UNSIGNED[8 * kind.itemsize])
+        else:
+            a = np.full(self.n, int(text.rstrip("U"), 0), np.int64)
+        bits = kind if kind.kind == "b" else UNSIGNED[8 * kind.itemsize]
+        return a.astype(bits, copy=False).view(kind)
+
+    def set(self, register, value, on):
+        """Write a register (or none, _) of the threads that are on."""
+        if value.dtype != bool:
+            bits = {"%rs": 16, "%rd": 64}.get(register[:3], 32)
+            value = np.ascontiguousarray(value)
+            # what is signed grows with its sign
+            value = value.astype(f"{value.dtype.kind}{bits // 8}", copy=False).view(UNSIGNED[bits])
+        self.registers[register] = np.where(on, value, self.registers.get(register, value))
+
+    def address(self, text):
+        """[register + number] -> (threads,) int64."""
+        base, offset = re.fullmatch(r"\[\s*(\S+?)\s*(?:\+\s*(-?\d+))?\s*\]", text).groups()
+        return self.get(base, "u64").view(np.int64) + int(offset or 0)
+
+    def operation(self, kind, modifiers, result, *operands, on):
+        """Arithmetic."""
+        of = [modifiers[-1]] * len(operands)
+        if kind in ("shl", "shr"):
+            of[1] = "u32"
+        values = [self.get(*each) for each in zip(operands, of)]
+        if "wide" in modifiers:  # of 32 bits each, but for what is added
+            values = [a.astype(f"{a.dtype.kind}8") for a in values[:2]]
+            values += [self.get(a, of[0][0] + "64") for a in operands[2:]]
+        self.set(result, OPERATIONS[kind](*values).astype(values[0].dtype, copy=False), on)
+
+    def do_mov(self, modifiers, result, value, on):
+        bits = modifiers[-1]
+        if isinstance(result, list):  # one register taken apart
+            parts = self.get(value, bits)[:, None].view(UNSIGNED[int(bits[1:]) // len(result)])
+            for register, part in zip(result, parts.T):
+                self.set(register, part, on)
+            return
+        if isinstance(value, list):
+            parts = np.stack([self.get(a, f"b{int(bits[1:]) // len(value)}") for a in value], 1)
+            return self.set(result, parts.view(KINDS[bits])[:, 0], on)
+        self.set(result, self.get(value, bits), on)
+
+    def do_selp(self, modifiers, result, a, b, chosen, on):
+        a, b = (self.get(each, modifiers[-1]) for each in (a, b))
+        self.set(result, np.where(self.registers[chosen], a, b), on)
+
+    def do_setp(self, modifiers, result, a, b, on):
+        self.set(result, COMPARISONS[modifiers[0]](*(self.get(each, modifiers[-1]) for each in (a, b))), on)
+
+    def do_cvt(self, modifiers, result, *values, on):
+        *_, to, of = modifiers
+        if to in ("bf16x2", "f16x2"):  # the first value is the upper half
+            a = np.stack([self.get(value, of) for value in reversed(values)], 1)
+            a = (to_bfloat16(a) if to == "bf16x2" else a.astype(np.float16)).view(np.uint32)[:, 0]
+        elif to == "tf32":  # the nearest number of 10 bits, away from zero
+            a = self.get(values[0], "b32") + np.uint32(1 << 12) & ~np.uint32((1 << 13) - 1)
+        elif of == "bf16":
+            a = from_bfloat16(self.get(values[0], "b16"))
+        else:
+            a = self.get(values[0], of)
+            a = to_bfloat16(a) if to == "bf16" else a.astype(KINDS[to])
+        self.set(result, a, on)
+
+    def do_bfe(self, modifiers, result, a, first, count, on):
+        """`count` bits from bit `first` on, with the sign of the last one if they are signed."""
+        kind, first, count = modifiers[-1], int(first), int(count)
+        high = int(kind[1:]) - count
+        self.set(result, self.get(a, kind) << np.uint8(high - first) >> np.uint8(high), on)
+
+    def do_prmt(self, modifiers, result, a, b, which, on):
+        """Four of the eight bytes of a and b."""
+        both = np.stack([self.get(a, "u32"), self.get(b, "u32")], 1).view(np.uint8)  # (threads, 8)
+        which = self.get(which, "u32")[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+        if modifiers != ["b32"] or (which > 7).any():
+            raise NotImplementedError("prmt in another mode")
+        self.set(result, np.take_along_axis(both, which.astype(np.int64), 1).view(np.uint32)[:, 0], on)
+
+    def load(self, space, at, size, on):
+        """(threads, size) bytes from addresses (threads,) on; zeros for threads that are off."""
+        data = np.zeros((self.n, size), np.uint8)
+        for warp in range(self.warps):
+            mine = on & (self.warp == warp)
+            if space == "global" and mine.any():
+                data[mine] = self.memory.access(at[mine], size, self.number)
+            elif mine.any():
+                data[mine] = self.shared.read(self.places(at[mine], size), warp)
+        return data
+
+    def places(self, at, size):
+        """Which bytes of shared memory `size` bytes from addresses (n,) on are, (n, size)."""
+        assert (at % size == 0).all() and at.min() >= 0 and at.max() + size <= len(self.shared.bytes), "outside"
+        return at[:, None] + np.arange(size)
+
+    def store(self, space, at, data, on):
+        for warp in range(self.warps):
+            mine = on & (self.warp == warp)
+            if space == "global" and mine.any():
+                self.memory.access(at[mine], data.shape[1], self.number, data[mine])
+            elif mine.any():
+                self.shared.write(self.places(at[mine], data.shape[1]), warp, data[mine])
+
+    def do_ld(self, modifiers, result, at, on):
+        space, kind = modifiers[0], modifiers[-1]
+        if space == "param":
+            number = self.arguments[int(re.search(r"_param_(\d+)", at)[1])]
+            return self.set(result, np.full(self.n, number).astype(KINDS[kind]), on)
+        result = result if isinstance(result, list) else [result]
+        data = self.load(space, self.address(at), len(result) * int(kind[1:]) // 8, on)
+        for register, a in zip(result, data.view(KINDS[kind]).T):
+            self.set(register, a, on)
+
+    def do_st(self, modifiers, at, values, on):
+        values = values if isinstance(values, list) else [values]
+        data = np.stack([self.get(value, modifiers[-1]) for value in values], 1).view(np.uint8)
+        self.store(modifiers[0], self.address(at), data, on)
+
+    def do_cp(self, modifiers, *arguments, on):
+        """Copies from global to shared memory, that may land at any time until they are waited for: here, then."""
+        if "commit_group" in modifiers:
+            self.copies.append([])
+        elif "wait_group" in modifiers:  # for all groups but the last few, and the open one
+            while len(self.copies) > int(arguments[0], 0) + 1:
+                for copy in self.copies.pop(0):
+                    self.shared.land(*copy)
+        else:
+            to, source, size, given = arguments
+            to, source, size = self.address(to), self.address(source), int(size, 0)
+            given = self.get(given, "u32")  # of `size` bytes; zeros follow
+            assert np.isin(given, (0, size)).all()
+            data = self.load("global", source, size, on & (given > 0))
+            for warp in range(self.warps):
+                mine = on & (self.warp == warp)
+                if mine.any():
+                    at = self.places(to[mine], size)
+                    self.shared.write(at, warp)
+                    self.copies[-1].append((at, warp, data[mine]))
+
+    def do_bar(self, modifiers, *arguments, on):
+        if "warp" not in modifiers:
+            assert on.all() and arguments == ("0",)
+            self.shared.barrier()
+
+    def do_ldmatrix(self, modifiers, result, at, on):
+        """Matrices of 8 x 8 numbers of 16 bits, one per register; eight threads say where a matrix has its rows."""
+        result, at = result if isinstance(result, list) else [result], self.address(at)
+        for i, register in enumerate(result):
+            rows = self.load("shared", at, 16, on & (self.lane // 8 == i)).reshape(self.warps, 32, 16)
+            matrix = rows[:, 8 * i : 8 * i + 8].view(np.uint16)  # (warps, 8, 8)
+            matrix = np.ascontiguousarray(matrix.swapaxes(1, 2) if "trans" in modifiers else matrix)
+            self.set(register, matrix.view(np.uint32).reshape(self.n), on)
+
+    def do_stmatrix(self, modifiers, at, values, on):
+        values, at = values if isinstance(values, list) else [values], self.address(at)
+        for i, value in enumerate(values):
+            matrix = self.get(value, "b32").reshape(self.warps, 8, 4).view(np.uint16)  # (warps, 8, 8)
+            matrix = np.ascontiguousarray(matrix.swapaxes(1, 2) if "trans" in modifiers else matrix)
+            data = np.zeros((self.warps, 32, 16), np.uint8)
+            data[:, 8 * i : 8 * i + 8] = matrix.view(np.uint8)
+            self.store("shared", at, data.reshape(self.n, 16), on & (self.lane // 8 == i))
+
+    def do_shfl(self, modifiers, result, value, which, limit, members, on):
+        """The value of another thread of the warp."""
+        value, which = self.get(value, "b32"), self.get(which, "s32")
+        assert int(limit, 0) == (0 if modifiers[1] == "up" else 31), "parts of a warp"
+        lane = self.lane.astype(np.int64)
+        source = {"up": lane - which, "bfly": lane ^ which, "idx": which % 32}[modifiers[1]]
+        register, *there = result.split("|")
+        for predicate in there:
+            self.set(predicate, source >= 0, on)
+        self.set(register, value[32 * self.warp + np.where(source >= 0, source, lane)], on)
+
+    def do_redux(self, modifiers, result, value, members, on):
+        """The largest value of a warp, to all its threads."""
+        if modifiers[1] != "max":
+            raise NotImplementedError(f"redux of {modifiers[1]}")
+        value = self.get(value, modifiers[-1]).reshape(self.warps, 32)
+        self.set(result, value.max(1, keepdims=True).repeat(32, 1).reshape(self.n), on)
+
+    def fragments(self, registers, kind):
+        """Operands of a product as numbers: (registers, warps, 32, 1 or 2 in a register) float32."""
+        bits = np.stack([self.get(a, "b32") for a in registers]).reshape(-1, self.warps, 32, 1)
+        if kind == "tf32":
+            return (bits & ~np.uint32((1 << 13) - 1)).view(np.float32)  # the rest is not looked at
+        return from_bfloat16(bits.view(np.uint16)) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
+
+    def do_mma(self, modifiers, result, a, b, c, on):
+        """A product of 16 x 8 or 16 numbers with as many x 8 per warp, added to c: PTX's layout of them in threads."""
+        shape, kind = modifiers[2], modifiers[6]
+        if modifiers[:2] != ["sync", "aligned"] or shape not in ("m16n8k8", "m16n8k16"):
+            raise NotImplementedError(".".join(modifiers))
+        a, b = (self.fragments(each, kind) for each in (a, b))
+        E, (row, col) = a.shape[-1], divmod(np.arange(32), 4)
+        left, right = np.zeros((self.warps, 16, 8 * E)), np.zeros((self.warps, 8 * E, 8))
+        for e in range(E):
+            for i in range(4):
+                left[:, row + 8 * (i % 2), E * col + e + 4 * E * (i // 2)] = a[i, :, :, e]
+            for i in range(2):
+                right[:, E * col + e + 4 * E * i, row] = b[i, :, :, e]
+        product = left @ right  # (warps, 16, 8)
+        sums = [
+            product[:, row + 8 * (i // 2), 2 * col + i % 2].reshape(self.n) + self.get(c[i], "f32") for i in range(4)
+        ]
+        for register, value in zip(result, sums):
+            self.set(register, value.astype(np.float32), on)
+
+
+def parsed(ptx):
+    """PTX of one kernel -> its code, a list of (guard, name, arguments), and labels, places in it by name."""
+    code, labels = [], {}
+    for line in re.sub("//.*", "", ptx).split("\n{\n", 1)[1].split("\n}", 1)[0].split("\n"):
+        line = line.strip()
+        if label := re.fullmatch(r"(\$\w+):", line):
+            labels[label[1]] = len(code)
+        elif line and not line.startswith("."):
+            guard, name, rest = re.fullmatch(r"(?:@(!?%p\d+)\s+)?([\w.:]+)\s*(.*);", line).groups()
+            arguments = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", rest)
+            arguments = [re.findall(r"[^{},\s]+", a) if a.startswith("{") else a.strip() for a in arguments]
+            code.append((guard, name, arguments))
+    return code, labels
+
+
+class Executed:
+    """Stands in for a kernel of kernels.py: what is launched is compiled for an H200 and executed here."""
+
+    def __init__(self, name):
+        self.kernel = getattr(kernels, name)
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, grid[0])
+
+    def launch(self, programs, *arguments, **options):
+        compiled = compile_for_h200(self.kernel, arguments, options)
+        # constants are no parameters of what was compiled; its last two are for memory that it does not use
+        given = [a for a in arguments if a is not None and not (isinstance(a, int) and a == 1)]
+        memory = GlobalMemory([a for a in given if isinstance(a, torch.Tensor)])
+        addresses = iter(memory.addresses)
+        given = [next(addresses) if isinstance(a, torch.Tensor) else a for a in given] + [0, 0]
+        shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+        with np.errstate(all="ignore"):
+            self.execute(programs, *parsed(compiled.asm["ptx"]), given, memory, shared, warps)
+
+    def execute(self, programs, code, labels, given, memory, shared, warps):
+        for number in range(programs):
+            Program((code, labels), given, memory, SharedMemory(shared), warps, number)
+
+
+EXECUTED_CASES = [  # dtype, T, regime, K, V, part, views
+    ("bfloat16", 75, "usual", 64, 64, "o and S", False),
+    ("bfloat16", 33, "hard decay", 64, 64, "o and S", True),
+    ("bfloat16", 1, "usual", 64, 64, "o and S", False),
+    ("bfloat16", 40, "usual", 96, 96, "o and S", False),
+    ("float16", 40, "identical keys", 48, 40, "o and S", False),
+    ("float32", 40, "usual", 64, 64, "o and S", False),
+    ("float32", 20, "identical keys", 128, 16, "o and S", False),
+    *(("bfloat16", 40, "beta 2", 32, 40, part, False) for part in ("o", "S", "write")),
+]
+
+
+def as_on_an_h200(**others):
+    """A context in which impl="triton" is executed as compiled for an H200; others: by what some kernels are run."""
+    kinds = dict.fromkeys(KERNELS, Executed) | others
+    return mock.patch.multiple(
+        kernels, why_not_triton=lambda *_: None, **{name: kind(name) for name, kind in kinds.items()}
+    )
+
+
+def executed():
+    """Runs in a process without TRITON_INTERPRET: the errors of EXECUTED_CASES as JSON."""
+    torch.manual_seed(1234)
+    found = {}
+    for dtype, T, regime, K, V, part, views in EXECUTED_CASES:
+        inputs = rounded_inputs(T, regime, K, V, getattr(torch, dtype), B=1, H=2)
+        with as_on_an_h200():
+            found[f"{dtype} {T} {regime} {K} {V} {part}"] = triton_errors(inputs, part=part, views=views)
+    print(json.dumps(found))
+
+
+class ExecutedWithoutBarriers(Executed):
+    """Also executes one program without each of the kernel's barriers in turn; .found: is that a race?"""
+
+    def execute(self, programs, code, labels, *others):
+        self.found = []
+        for i, (guard, name, _) in enumerate(code):
+            if name == "bar.sync":
+                without = [*code[:i], (guard, "bar.warp.sync", ["-1"]), *code[i + 1 :]]
+                with contextlib.suppress(AssertionError):
+                    super().execute(1, without, labels, *others)
+                    self.found.append(False)
+                    continue
+                self.found.append(True)
+        super().execute(programs, code, labels, *others)
+
+
+def executed_without_barriers():
+    """Runs in a process without TRITON_INTERPRET: of which barriers of the reverse scan it is found that they lack."""
+    inputs = rounded_inputs(33, "usual", 64, 64, torch.bfloat16, B=1, H=2)
+    with as_on_an_h200(_backward_kernel=ExecutedWithoutBarriers):
+        triton_errors(inputs)
+        print(json.dumps(kernels._backward_kernel.found))
+
+
+def as_executed(what):
+    """What one of these functions prints. Skips the test if this Triton's compiler uses what is not known here."""
+    try:
+        return json.loads(shell("-W", "ignore", "-c", f"import test_all; test_all.{what}()", TRITON_INTERPRET="0"))
+    except AssertionError as error:
+        if unknown := re.search(r"NotImplementedError: (.*)", str(error)):
+            pytest.skip(f"cannot execute {unknown[1]}, which this Triton uses")
+        raise
+
+
+@needs_triton
+def test_kernel_triton_executed_as_compiled_for_the_h200():
+    """What the compiler made of a kernel computes something else than the definition, or depends on who is first.
+
+    The latter if a program reads what another one writes, a warp what another one may be writing, or anybody what
+    nobody has written.
+    """
+    found = as_executed("executed")
+    assert len(found) == len(EXECUTED_CASES)
+    for case, errors in found.items():
+        assert max(errors.values()) <= (1e-5 if "float32" in case else 0.01), (case, errors)
+
+
+@needs_triton
+def test_kernel_triton_executed_without_barriers():
+    """The execution above does not notice that a barrier is missing."""
+    found = as_executed("executed_without_barriers")
+    assert len(found) > 10 and all(found), found
 
 
 @needs_gpu
